@@ -1,0 +1,80 @@
+"""Files of a checkpoint: which are there, what they are, what is wrong with them."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from jaxmerge.checkpoints.interface import CheckpointError
+
+REPORT_NAME = "jaxmerge_report.json"
+
+_SIDECAR_SUFFIXES = frozenset(
+    {".bpe", ".jinja", ".json", ".model", ".py", ".spm", ".tiktoken", ".txt", ".vocab"}
+)
+_PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".pt", ".pth"})
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def require_weights(path: Path) -> None:
+    """Raises if `path` is no regular file or only a git-lfs pointer to one."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist; {contents_of(path.parent)}.")
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise CheckpointError(
+                f"{path} is a git-lfs pointer, not the file itself: "
+                f"run `git lfs pull` in {path.parent}."
+            )
+
+
+def contents_of(directory: Path, limit: int = 12) -> str:
+    """Describes what a directory contains, for error messages."""
+    if not directory.is_dir():
+        return f"the directory {directory} does not exist either"
+    names = sorted(entry.name for entry in directory.iterdir())
+    if not names:
+        return f"{directory} is empty"
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{directory} contains {', '.join(names[:limit])}{more}"
+
+
+def pickled_weights(paths: Iterable[Path]) -> list[Path]:
+    """Selects the files that PyTorch writes with pickle, model files before others."""
+    pickled = sorted(path for path in paths if path.suffix in _PICKLE_SUFFIXES)
+    models = [path for path in pickled if path.name.startswith("pytorch_model")]
+    return models or pickled
+
+
+def convert_pickle_message(pickled: Sequence[Path]) -> str:
+    """Says why pickled PyTorch files are refused, and how to convert them."""
+    return f"""\
+{pickled[0]} holds PyTorch weights in pickle format, which can run code when loaded and
+cannot be read leaf by leaf. Convert to safetensors first, where torch is installed:
+
+    import huggingface_hub, torch
+    weights = {{}}
+    for path in {[str(path) for path in pickled]}:
+        weights |= torch.load(path, map_location="cpu", weights_only=True)
+    huggingface_hub.save_torch_state_dict(weights, {str(pickled[0].parent)!r})"""
+
+
+def sidecar_files(directory: Path) -> list[Path]:
+    """Lists config, tokenizer and code files of a directory, without weights."""
+    return sorted(
+        path
+        for path in directory.iterdir()
+        if path.suffix in _SIDECAR_SUFFIXES
+        and not path.name.startswith(".")
+        and ".index." not in path.name
+        and path.name != REPORT_NAME
+        and path.is_file()
+    )
+
+
+def sha256_of(paths: Iterable[Path]) -> dict[str, str]:
+    """Computes file name -> SHA-256 (hex)."""
+    digests = {}
+    for path in paths:
+        with path.open("rb") as file:
+            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests

@@ -1,0 +1,274 @@
+"""Writes a directory in Hugging Face layout, leaf by leaf, whole or not at all."""
+
+import errno
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from jaxmerge.checkpoints.huggingface import INDEX_NAME, WEIGHTS_NAME
+from jaxmerge.checkpoints.interface import CheckpointError, LeafInfo
+from jaxmerge.checkpoints.safetensors import DTYPE_NAMES, DTYPES, Layout, lay_out
+
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+class Writer:
+    """Writes leaves in any order; the output appears when all of them are there.
+
+    Everything is written into a hidden directory beside `out_dir`, which is synced to
+    disk and renamed when the `with` block ends well, and removed when it does not. The
+    memory needed is that of the leaf being written. `write` may be called from several
+    threads, for different leaves.
+
+    Args:
+        out_dir: the directory to create; it must not exist.
+        leaves: name -> shape and dtype of everything that will be written.
+        max_shard_bytes: values per file; above it the leaves are spread over several
+            files with an index. A larger leaf gets a file of its own.
+        metadata: text for the header of each file, next to `{"format": "pt"}`, which
+            other loaders expect.
+
+    Raises:
+        FileExistsError: `out_dir` exists.
+        CheckpointError: the disk is too small, a dtype cannot be stored, a leaf is
+            written twice, not at all, or with another shape or dtype than announced.
+
+    Example:
+        >>> import tempfile
+        >>> out_dir = Path(tempfile.mkdtemp()) / "merged"
+        >>> with Writer(out_dir, {"w": LeafInfo((2,), np.dtype("float32"))}) as writer:
+        ...     writer.write("w", np.ones(2, np.float32))
+        ...     writer.add_file("config.json", b"{}")
+        >>> sorted(path.name for path in out_dir.iterdir())
+        ['config.json', 'model.safetensors']
+    """
+
+    def __init__(
+        self,
+        out_dir: str | os.PathLike[str],
+        leaves: Mapping[str, LeafInfo],
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        metadata: Mapping[str, str] | None = None,
+    ):
+        self.path = Path(out_dir).absolute()
+        self._refuse_existing()
+        if max_shard_bytes < 1:
+            raise CheckpointError(
+                f"max_shard_bytes is {max_shard_bytes}; it must be positive."
+            )
+        for name, info in leaves.items():
+            _check_storable(name, info)
+        self.leaves = dict(leaves)
+        self._shards = _plan_shards(
+            self.leaves, max_shard_bytes, _checked_metadata(metadata)
+        )
+        self._places = {
+            name: _Place(file_name, offset)
+            for file_name, layout in self._shards.items()
+            for name, offset in layout.offsets.items()
+        }
+        self._written: set[str] = set()
+        self._hidden = self.path.with_name(
+            f".{self.path.name}.writing-{uuid.uuid4().hex[:8]}"
+        )
+        self._check_free_space()
+
+    def write(self, name: str, array: Any) -> None:
+        """Writes one leaf, whatever its memory layout, in C order.
+
+        Args:
+            name: a key of the announced leaves, not written before.
+            array: NumPy or JAX array of the announced shape and dtype.
+        """
+        if name not in self.leaves:
+            raise CheckpointError(
+                f"Leaf {name!r} was not announced to the writer of {self.path}; "
+                "add it to `leaves`."
+            )
+        if name in self._written:
+            raise CheckpointError(
+                f"Leaf {name!r} of {self.path} is written twice; write each leaf once."
+            )
+        array = np.asarray(array)
+        info = LeafInfo(array.shape, array.dtype)
+        if info != self.leaves[name]:
+            shape, dtype = self.leaves[name]
+            raise CheckpointError(
+                f"Leaf {name!r} of {self.path} was announced as {dtype}{list(shape)}, "
+                f"but the array is {info.dtype}{list(info.shape)}; "
+                "reshape or cast it before writing."
+            )
+        place = self._places[name]
+        # tobytes would copy the leaf; a flat byte view of C-ordered memory does not.
+        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        _write_at(self._hidden / place.file_name, place.offset, flat.data)
+        self._written.add(name)
+
+    def add_file(self, name: str, content: bytes | str | os.PathLike[str]) -> None:
+        """Puts a further file next to the weights.
+
+        Args:
+            name: its file name in the output.
+            content: its bytes, or the path of a file to copy.
+        """
+        target = self._hidden / name
+        if Path(name).name != name:
+            raise CheckpointError(
+                f"{name!r} is no plain file name; files go directly into {self.path}."
+            )
+        if name == INDEX_NAME or target.exists():
+            raise CheckpointError(
+                f"{self.path} gets a file {name} already; choose another name."
+            )
+        if isinstance(content, bytes):
+            target.write_bytes(content)
+        else:
+            shutil.copyfile(content, target)
+
+    def __enter__(self) -> Self:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._hidden.mkdir()
+            for file_name, layout in self._shards.items():
+                _create_file(self._hidden / file_name, layout)
+        except BaseException:
+            self._discard()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if error is None:
+                self._publish()
+        finally:
+            self._discard()
+
+    def _publish(self) -> None:
+        if missing := [name for name in self.leaves if name not in self._written]:
+            more = f" and {len(missing) - 1} more" if missing[1:] else ""
+            raise CheckpointError(
+                f"Leaf {missing[0]!r}{more} of {self.path} was never written; "
+                "the incomplete output was removed."
+            )
+        if len(self._shards) > 1:
+            (self._hidden / INDEX_NAME).write_text(self._index(), encoding="utf-8")
+        for path in self._hidden.iterdir():
+            _sync(path)
+        _sync(self._hidden)
+        self._refuse_existing()
+        self._hidden.rename(self.path)
+        _sync(self.path.parent)
+
+    def _discard(self) -> None:
+        shutil.rmtree(self._hidden, ignore_errors=True)
+
+    def _index(self) -> str:
+        total_size = sum(info.nbytes for info in self.leaves.values())
+        weight_map = {name: self._places[name].file_name for name in self.leaves}
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        return json.dumps(index, indent=2) + "\n"
+
+    def _refuse_existing(self) -> None:
+        if os.path.lexists(self.path):
+            raise FileExistsError(
+                f"{self.path} exists already, and mixing two checkpoints in one place "
+                "would corrupt both. Remove it or choose another name."
+            )
+
+    def _check_free_space(self) -> None:
+        needed = sum(layout.nbytes for layout in self._shards.values())
+        place = next(parent for parent in self.path.parents if parent.exists())
+        free = shutil.disk_usage(place).free
+        if needed > free:
+            raise CheckpointError(
+                f"{self.path} needs {needed:,} bytes, but {place} has only {free:,} "
+                "free. Make room, choose another disk or a smaller dtype."
+            )
+
+
+class _Place(NamedTuple):
+    file_name: str
+    offset: int
+
+
+def _check_storable(name: str, info: LeafInfo) -> None:
+    if name in ("", "__metadata__"):
+        raise CheckpointError(f"A leaf cannot have the name {name!r}; rename it.")
+    if info.dtype not in DTYPE_NAMES:
+        known = ", ".join(str(dtype) for dtype in DTYPES.values())
+        raise CheckpointError(
+            f"Leaf {name!r} has dtype {info.dtype}, which safetensors cannot store; "
+            f"cast it to one of {known}."
+        )
+
+
+def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    merged = {"format": "pt", **(metadata or {})}
+    for key, text in merged.items():
+        if not isinstance(text, str):
+            raise CheckpointError(
+                f"metadata[{key!r}] is a {type(text).__name__}; the header of a "
+                "safetensors file holds text only: use str or json.dumps."
+            )
+    return merged
+
+
+def _plan_shards(
+    leaves: Mapping[str, LeafInfo], max_shard_bytes: int, metadata: Mapping[str, str]
+) -> dict[str, Layout]:
+    """Fills files one after the other, in the order of the leaves."""
+    shards: list[dict[str, LeafInfo]] = [{}]
+    filled = 0
+    for name, info in leaves.items():
+        if shards[-1] and filled + info.nbytes > max_shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = info
+        filled += info.nbytes
+    if len(shards) == 1:
+        return {WEIGHTS_NAME: lay_out(shards[0], metadata)}
+    return {
+        f"model-{number:05d}-of-{len(shards):05d}.safetensors": lay_out(shard, metadata)
+        for number, shard in enumerate(shards, start=1)
+    }
+
+
+def _create_file(path: Path, layout: Layout) -> None:
+    """Writes the head and reserves the space for the values."""
+    with path.open("xb") as file:
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(file.fileno(), 0, layout.nbytes)
+            except OSError as error:
+                # Not every file system can reserve space.
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                    raise
+        file.write(layout.head)
+        file.truncate(layout.nbytes)
+
+
+def _write_at(path: Path, offset: int, data: memoryview) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file or directory is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

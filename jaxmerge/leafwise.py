@@ -1,0 +1,266 @@
+"""From a function of one leaf to a merge method of whole trees.
+
+A method says what happens to one leaf: a list of float32 arrays, one per model.
+Everything else happens here, once for all methods: the check that trees are alike,
+stacked layers, dtypes, randomness, compilation (once per leaf shape, never per tree)
+and whatever mesh the arrays live on.
+"""
+
+import functools
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxmerge import sharding
+from jaxmerge.options import Leaf, PerLeaf, per_leaf
+from jaxmerge.tree import Params, check_alike, is_float, named_leaves, rebuild
+
+Kernel = Callable[..., Any]
+"""A function of the float32 arrays of one leaf, one array per model."""
+
+Rows = Callable[[Leaf], tuple[int, ...]]
+"""The axes of a leaf that number the rows of a matrix; none where it is no matrix."""
+
+
+def merge_leaves(
+    kernel: Kernel,
+    models: Sequence[Params],
+    options: Callable[[Leaf], dict[str, Any]],
+    *,
+    method: str,
+    base: Params | None = None,
+    stack_axes: PerLeaf = 0,
+    rows: Rows | None = None,
+    key: Array | int | None = None,
+    names: Sequence[str] | None = None,
+    **choices: Any,
+) -> Params:
+    """Merges trees leaf by leaf with `kernel`, in float32, back in the base's dtypes.
+
+    Args:
+        kernel: `kernel(deltas, **options, **choices)` maps the task vectors of one
+            leaf to the merged task vector. Without a base it maps the leaves of the
+            models to the merged leaf. With a `key` it also gets `keys`, one per model.
+        models: one or more trees.
+        options: the numbers that `kernel` takes for a leaf; asked for, and checked, for
+            all leaves before any arithmetic.
+        method: the caller's name, for messages.
+        base: the start that task vectors are measured from.
+        stack_axes: how many leading axes of a leaf stack independent layers.
+        rows: further axes along which a leaf falls into independent parts.
+        key: a `jax.random.key` or a seed. Every leaf and model draws from its own key,
+            derived from the path and the model's name, so that neither order nor
+            grouping of leaves changes a draw.
+        names: the models' names, for `key`; by default "0", "1", ...
+        choices: hashable arguments of `kernel` that are compiled in.
+
+    Returns:
+        A tree like `base`, or like the first model without one: same dtypes, same
+        shardings. Leaves that hold no floating-point numbers are copied from there.
+
+    Raises:
+        ValueError: no models, trees that are not alike, or an invalid option.
+    """
+    calls = _leaf_calls(models, options, method, base, stack_axes, rows, key, names)
+    static = {"kernel": kernel, "choices": tuple(sorted(choices.items()))}
+    merged = {path: _merge_leaf(*call, **static) for path, call in calls.items()}
+    like = models[0] if base is None else base
+    return rebuild(like, named_leaves(like) | merged)
+
+
+def measure_leaves(
+    kernel: Kernel,
+    models: Sequence[Params],
+    options: Callable[[Leaf], dict[str, Any]],
+    *,
+    method: str,
+    base: Params | None = None,
+    **choices: Any,
+) -> dict[str, Any]:
+    """What a method must know of the whole model before it merges the first leaf.
+
+    Args:
+        kernel: as for `merge_leaves`, except that it returns scalars in any structure.
+
+    Returns:
+        The results by path.
+    """
+    calls = _leaf_calls(models, options, method, base)
+    static = {"kernel": kernel, "choices": tuple(sorted(choices.items()))}
+    return {path: _measure_leaf(*call, **static) for path, call in calls.items()}
+
+
+def check_models(method: str, base: Params | None, models: Sequence[Params]) -> None:
+    """Checks that there are models, and that they are like `base` or each other.
+
+    Raises:
+        ValueError: they are not; the message starts with `method`.
+    """
+    if not models:
+        raise ValueError(f"{method}: needs at least one model.")
+    names = [f"models[{i}]" for i in range(len(models))]
+    try:
+        if base is None:
+            check_alike(models[0], models[1:], names=names)
+        else:
+            check_alike(base, models, names=["base", *names])
+    except ValueError as error:
+        raise ValueError(f"{method}: {error}") from None
+
+
+class _Call(NamedTuple):
+    """What the compiled functions of one leaf are called with."""
+
+    base: Any
+    models: list[Any]
+    keys: list[Array] | None
+    numbers: dict[str, Any]
+    units: tuple[int, ...]
+    target: Any
+
+
+def _leaf_calls(
+    models: Sequence[Params],
+    options: Callable[[Leaf], dict[str, Any]],
+    method: str,
+    base: Params | None,
+    stack_axes: PerLeaf = 0,
+    rows: Rows | None = None,
+    key: Array | int | None = None,
+    names: Sequence[str] | None = None,
+) -> dict[str, _Call]:
+    check_models(method, base, models)
+    names = names or [str(i) for i in range(len(models))]
+    if len(set(names)) != len(models):
+        raise ValueError(
+            f"{method}: names are {list(names)} for {len(models)} models; "
+            "give one distinct name per model."
+        )
+    by_model = [named_leaves(model) for model in models]
+    calls = {}
+    for path, like in named_leaves(models[0] if base is None else base).items():
+        if not is_float(like):
+            continue
+        leaf = Leaf(method, path, np.shape(like), len(models))
+        leaf = leaf._replace(units=_units(leaf, stack_axes, rows))
+        calls[path] = _Call(
+            base=None if base is None else like,
+            models=[sharding.join(model[path], like) for model in by_model],
+            keys=None if key is None else leaf_keys(key, path, names),
+            numbers=options(leaf),
+            units=leaf.units,
+            target=sharding.of(like),
+        )
+    return calls
+
+
+def _units(leaf: Leaf, stack_axes: PerLeaf, rows: Rows | None) -> tuple[int, ...]:
+    within = f"[0, {len(leaf.shape)}]"
+    stacked = int(per_leaf(leaf, "stack_axes", stack_axes, within, static=True))
+    units = tuple(range(stacked))
+    return units if rows is None else units + rows(leaf)
+
+
+def leaf_keys(key: Array | int, path: str, names: Sequence[str]) -> list[Array]:
+    """One random key per model for the leaf at `path`."""
+    if isinstance(key, int):
+        key = jax.random.key(key)
+    key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+    return [jax.random.fold_in(key, zlib.crc32(name.encode())) for name in names]
+
+
+@functools.partial(
+    jax.jit, static_argnums=(4, 5), static_argnames=("kernel", "choices")
+)
+def _merge_leaf(base, models, keys, numbers, units, target, *, kernel, choices):
+    like = models[0] if base is None else base
+    dtype = _wide(like.dtype)
+
+    def merge(base, models, keys, numbers):
+        bound = functools.partial(kernel, **numbers, **dict(choices))
+        merged = over_units(bound, units)(_arrays(base, models, dtype), keys)
+        if base is not None:
+            merged = base.astype(dtype) + merged
+        return merged.astype(like.dtype)
+
+    merged = sharding.auto(merge, like=like)(base, models, keys, numbers)
+    return sharding.keep(merged, target)
+
+
+@functools.partial(
+    jax.jit, static_argnums=(4, 5), static_argnames=("kernel", "choices")
+)
+def _measure_leaf(base, models, keys, numbers, units, target, *, kernel, choices):
+    def measure(base, models, numbers):
+        arrays = _arrays(base, models, _wide(models[0].dtype))
+        return kernel(arrays, **numbers, **dict(choices))
+
+    return sharding.auto(measure, like=jnp.zeros(()))(base, models, numbers)
+
+
+def _wide(dtype: Any) -> Any:
+    return jnp.promote_types(jnp.float32, dtype)
+
+
+def _arrays(base: Array | None, models: Sequence[Array], dtype: Any) -> list[Array]:
+    arrays = [model.astype(dtype) for model in models]
+    if base is None:
+        return arrays
+    # Subtracting in bfloat16 would round most small updates to zero.
+    return [array - base.astype(dtype) for array in arrays]
+
+
+def over_units(kernel: Kernel, units: tuple[int, ...]) -> Kernel:
+    """Maps `kernel` over the axes `units` of its arrays, with its own keys for each."""
+
+    def one(arrays, keys):
+        return kernel(arrays) if keys is None else kernel(arrays, keys=keys)
+
+    def mapped(arrays, keys):
+        front = tuple(range(len(units)))
+        arrays = [jnp.moveaxis(array, units, front) for array in arrays]
+        if keys is not None:
+            shape = arrays[0].shape[: len(units)]
+            index = jnp.arange(int(np.prod(shape)), dtype=jnp.uint32)
+            fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+            keys = [fold(key, index).reshape(shape) for key in keys]
+        over_all = one
+        for _ in units:
+            over_all = jax.vmap(over_all)
+        return jnp.moveaxis(over_all(arrays, keys), front, units)
+
+    return mapped if units else one
+
+
+def task_vector(base: Params, model: Params) -> Params:
+    """`model - base`, in float32: in bfloat16 a small update rounds to zero.
+
+    Returns:
+        A tree like `base`; leaves that hold no floating-point numbers come out as
+        empty arrays, so that they count in no statistic.
+
+    Raises:
+        ValueError: the trees are not alike.
+
+    Example:
+        >>> task_vector({"w": jnp.ones(2)}, {"w": jnp.array([1.5, 1.0])})["w"].tolist()
+        [0.5, 0.0]
+    """
+    check_alike(base, [model], names=["base", "model"])
+    return jax.tree.map(_difference, base, rebuild(base, named_leaves(model)))
+
+
+@jax.jit
+def _difference(base: Array, model: Array) -> Array:
+    if not is_float(base):
+        return jnp.zeros((0,), jnp.float32)
+
+    def subtract(base, model):
+        return _arrays(base, [model], _wide(base.dtype))[0]
+
+    return sharding.auto(subtract, like=base)(base, model)

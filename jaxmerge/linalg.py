@@ -1,0 +1,92 @@
+"""Linear algebra on stacks of matrices, each matrix whole on one device."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.core import Tracer
+from jax.sharding import NamedSharding
+
+from jaxmerge import sharding
+from jaxmerge.sharding import Spread
+
+
+def map_matrices(fn: Callable[..., Any], *stacks: Array) -> Any:
+    """Applies `fn` to every matrix of a stack, on a mesh without any communication.
+
+    A factorisation of a matrix that is cut across devices would be done in full by
+    every device. Here the layers are spread over all devices instead, each device works
+    on its own whole matrices, and the results go back. The mesh is that of the arrays,
+    or the one set by `jax.set_mesh`; without one this is `jax.vmap`.
+
+    Args:
+        fn: a function of one matrix (m, n) from each stack, to an array or a pytree of
+            arrays. Called eagerly, it is compiled once per function object: define it
+            outside of loops. It may close over traced numbers, on an `Explicit` mesh
+            inside `sharding.auto` alone.
+        stacks: arrays (*stack, m, n) with the same leading axes, of which there may be
+            none, of any sizes and shardings. The matrices of different stacks may
+            differ in shape.
+
+    Returns:
+        The results of `fn` with the leading axes in front. Those of the shape of the
+        first stack have its sharding. (Under an outer `jax.jit`, the compiler chooses
+        shardings along `Auto` axes.)
+
+    Raises:
+        ValueError: no stacks, arrays with fewer than two axes, or leading axes that
+            differ.
+
+    Example:
+        >>> stack = jax.numpy.stack([jax.numpy.eye(2), 3 * jax.numpy.eye(2)])
+        >>> map_matrices(jax.numpy.linalg.det, stack).tolist()
+        [1.0, 9.0]
+    """
+    shapes = [np.shape(stack) for stack in stacks]
+    if (
+        not stacks
+        or min(len(s) for s in shapes) < 2
+        or len({s[:-2] for s in shapes}) > 1
+    ):
+        raise ValueError(
+            f"map_matrices: arrays have shapes {shapes}; give one or more arrays "
+            "(*stack, m, n) with the same leading axes."
+        )
+    mesh = sharding.mesh_of(*stacks)
+    if mesh is None or mesh.size == 1 or mesh.manual_axes or 0 in shapes[0][:-2]:
+        for _ in shapes[0][:-2]:
+            fn = jax.vmap(fn)
+        return fn(*stacks)
+    plan = sharding.plan_spread(stacks[0], mesh)
+    traced = any(isinstance(stack, Tracer) for stack in stacks)
+    return (_map_spread if traced else _map_spread_eagerly)(fn, plan, *stacks)
+
+
+def _map_spread(fn: Callable[..., Any], plan: Spread, *stacks: Array) -> Any:
+    def map_layers(*stacks):
+        context = jax.sharding.get_abstract_mesh()
+        # Its check of device-varying types rejects the SVD of TPUs.
+        local = jax.shard_map(
+            jax.vmap(fn),
+            mesh=plan.mesh if context.empty else context,
+            in_specs=plan.whole,
+            out_specs=plan.whole,
+            check_vma=False,
+        )
+        results = local(*(sharding.spread(stack, plan) for stack in stacks))
+        return jax.tree.map(lambda result: sharding.unspread(result, plan), results)
+
+    def like(result: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        shape = (*plan.stack, *result.shape)
+        placed = NamedSharding(plan.mesh, plan.spec_of_result(shape))
+        return jax.ShapeDtypeStruct(shape, result.dtype, sharding=placed)
+
+    matrices = [jax.ShapeDtypeStruct(s.shape[-2:], s.dtype) for s in stacks]
+    results = jax.tree.map(like, jax.eval_shape(fn, *matrices))
+    return sharding.auto(map_layers, like=results)(*stacks)
+
+
+_map_spread_eagerly = functools.partial(jax.jit, static_argnums=(0, 1))(_map_spread)

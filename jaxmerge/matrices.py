@@ -1,0 +1,270 @@
+"""Which leaf is which linear map: found by the names of leaves, never by their rank.
+
+A rank does not tell. A bias of stacked layers has two axes, the query kernel of an
+attention layer has one input axis and two output axes, and its output kernel has two
+and one. Patterns spell out every axis of a leaf with one letter:
+
+- `i`, an input, contracted with the activations that come in;
+- `o`, an output;
+- `e`, indexed: a row per token or position is looked up, not contracted.
+
+A `*` repeats the letter before it any number of times, also none. PyTorch's linear
+layer is "oi", a convolution kernel (height, width, in, out) "i*o", an embedding "eo",
+a bias "o". Leading axes that stack layers or experts are declared apart.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxmerge.options import Leaf
+from jaxmerge.tree import Params, first_match, named_leaves
+
+
+class MatrixAxes(NamedTuple):
+    """How the axes of a leaf make it a stack of matrices (*stack, inputs, outputs).
+
+    Attributes:
+        stack: axes of independent layers.
+        inputs: axes contracted with the input, flattened in this order.
+        outputs: axes of the output, flattened in this order.
+
+    Axes along which rows are looked up, as in embeddings, are in none of the three.
+    """
+
+    stack: tuple[int, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the leaf is a linear map (or a stack of them)."""
+        return bool(self.inputs and self.outputs)
+
+
+def _named(names: str) -> str:
+    """Matches paths that end in `names`, boxed (`nnx.State`, `nn.Partitioned`) too."""
+    return rf"(.*[/.])?({names})([/.]value)?"
+
+
+_VECTORS = {_named(r"bias|scale|\w+_bias"): "o*"}
+
+FLAX: Mapping[str, str] = {
+    _named(r"(query|key|value)[/.]kernel"): "ioo",
+    _named(r"out[/.]kernel"): "iio",
+    _named(r"\w*([Cc]onv|[Pp]atch)\w*([/.]\w+)?[/.]kernel"): "i*o",
+    _named(r"kernel|lora_a|lora_b"): "io",
+    _named(r"embedding"): "eo",
+    _named(r"\w*pos(ition)?_?emb\w*|cls|cls_token|mask_token"): "e*o",
+    **_VECTORS,
+}
+"""Leaves of linen and nnx modules."""
+
+HUGGING_FACE: Mapping[str, str] = {
+    # GPT-2's Conv1D stores (in, out). Models that took its names for nn.Linear, such as
+    # GPT-BigCode, store (out, in) and need a rule of their own.
+    _named(r"(c_attn|q_attn|c_fc|c_proj)[/.]weight"): "io",
+    _named(r"(lm_head|embed_out)[/.]weight"): "oi",
+    _named(r"(\w*embeddings?|embed|embed_\w+|\w+_embed)[/.]weight"): "eo",
+    _named(r"(wte|wpe|shared|relative_attention_bias)[/.]weight"): "eo",
+    _named(r"relative_position_bias_table"): "eo",
+    _named(r"\w*position_embeddings?|pos_embed|cls_token|mask_token"): "e*o",
+    _named(r".*([Cc]onv|[Pp]atch|downsampl).*[/.]weight"): "oi*",
+    _named(r"weight|\w+_weight"): "oi",
+    **_VECTORS,
+}
+"""Parameters of PyTorch models, as transformers, PEFT and timm name them."""
+
+DEFAULT: Mapping[str, str] = {**FLAX, **HUGGING_FACE}
+
+
+def matrix_axes(
+    params: Params,
+    rules: Mapping[str, str] | None = None,
+    stack_axes: int | Mapping[str, int] = 0,
+    *,
+    preset: Mapping[str, str] = DEFAULT,
+) -> dict[str, MatrixAxes]:
+    """Finds the linear maps among the leaves of a pytree.
+
+    Args:
+        params: a pytree of arrays or of `jax.ShapeDtypeStruct`s.
+        rules: from regular expressions, which must match a whole leaf path, to axis
+            patterns. The first match wins, before any preset.
+        stack_axes: how many leading axes of a leaf stack layers (`nn.scan`) or experts;
+            a number, or rules from paths to numbers. Patterns describe the other axes.
+        preset: rules for the leaves that `rules` leave open. One whose pattern does not
+            fit the number of axes gives way to the next. `FLAX`, `HUGGING_FACE`, or
+            both (the default).
+
+    Returns:
+        The axes of each leaf, by path. A leaf with at most one axis beside stacked
+        layers is never a matrix and needs no rule.
+
+    Raises:
+        ValueError: a leaf that no rule fits, or a rule that does not fit its leaf.
+
+    Example:
+        >>> params = {"query": {"kernel": np.ones((8, 2, 4)), "bias": np.ones((2, 4))}}
+        >>> axes = matrix_axes(params)
+        >>> axes["query/kernel"]
+        MatrixAxes(stack=(), inputs=(0,), outputs=(1, 2))
+        >>> axes["query/bias"].is_matrix
+        False
+    """
+    return {
+        path: leaf_axes(path, np.shape(leaf), rules, stack_axes, preset=preset)
+        for path, leaf in named_leaves(params).items()
+    }
+
+
+def leaf_axes(
+    path: str,
+    shape: tuple[int, ...],
+    rules: Mapping[str, str] | None = None,
+    stack_axes: int | Mapping[str, int] = 0,
+    *,
+    preset: Mapping[str, str] = DEFAULT,
+) -> MatrixAxes:
+    """The axes of one leaf; arguments and errors as in `matrix_axes`."""
+    stacked = _stacked(path, shape, stack_axes)
+    rank = len(shape) - stacked
+    try:
+        pattern = first_match(rules or {}, path)
+    except KeyError:
+        pattern = _preset_pattern(preset, path, rank)
+    if pattern is None:
+        raise ValueError(
+            f"No rule says which axes of leaf {path!r} of shape {shape} are inputs "
+            f"and which are outputs. {_remedy(path, stacked)}"
+        )
+    letters = _letters(pattern, rank)
+    if letters is None:
+        raise ValueError(
+            f"The pattern {pattern!r} for leaf {path!r} of shape {shape} does not have "
+            f"one letter i, o or e for each of {rank} axes. {_remedy(path, stacked)}"
+        )
+    axes = [(axis, letter) for axis, letter in enumerate(letters, start=stacked)]
+    return MatrixAxes(
+        stack=tuple(range(stacked)),
+        inputs=tuple(axis for axis, letter in axes if letter == "i"),
+        outputs=tuple(axis for axis, letter in axes if letter == "o"),
+    )
+
+
+def row_axes(
+    rules: Mapping[str, str] | None = None,
+) -> Callable[[Leaf], tuple[int, ...]]:
+    """Finds the axes that number the rows of a leaf.
+
+    Args:
+        rules: from leaf paths to axis patterns, before the presets.
+
+    Returns:
+        A function from a leaf to its output axes, for a linear map, or to the axes
+        that it is looked up by, for an embedding. Other leaves have none.
+    """
+
+    def rows(leaf: Leaf) -> tuple[int, ...]:
+        try:
+            axes = leaf_axes(leaf.path, leaf.shape, rules, len(leaf.units))
+        except ValueError as error:
+            raise ValueError(f"{leaf.method}: {error}") from None
+        if axes.is_matrix:
+            return axes.outputs
+        in_use = (*axes.stack, *axes.inputs, *axes.outputs)
+        return tuple(axis for axis in range(len(leaf.shape)) if axis not in in_use)
+
+    return rows
+
+
+def to_matrix(leaf: Array, axes: MatrixAxes) -> Array:
+    """Lays a leaf out as (*stack, inputs, outputs), each of the two flattened.
+
+    Raises:
+        ValueError: `axes` do not make a matrix of the leaf.
+
+    Example:
+        >>> kernel = jnp.ones((8, 2, 4))
+        >>> to_matrix(kernel, MatrixAxes(stack=(), inputs=(0,), outputs=(1, 2))).shape
+        (8, 8)
+    """
+    order = _order(np.shape(leaf), axes)
+    stack, inputs, outputs = ([leaf.shape[axis] for axis in group] for group in axes)
+    shape = (*stack, math.prod(inputs), math.prod(outputs))
+    return jnp.transpose(leaf, order).reshape(shape)
+
+
+def from_matrix(matrix: Array, shape: tuple[int, ...], axes: MatrixAxes) -> Array:
+    """Brings (*stack, inputs, outputs) back to a leaf of `shape`; undoes `to_matrix`.
+
+    Raises:
+        ValueError: as `to_matrix`.
+    """
+    order = _order(shape, axes)
+    leaf = matrix.reshape([shape[axis] for axis in order])
+    return jnp.transpose(leaf, [order.index(axis) for axis in range(len(order))])
+
+
+def _order(shape: tuple[int, ...], axes: MatrixAxes) -> tuple[int, ...]:
+    order = (*axes.stack, *axes.inputs, *axes.outputs)
+    if not axes.is_matrix or sorted(order) != list(range(len(shape))):
+        raise ValueError(
+            f"{axes} do not make a leaf of shape {shape} a matrix: inputs and outputs "
+            "must not be empty, and every axis must be in one of the three."
+        )
+    return order
+
+
+def _stacked(
+    path: str, shape: tuple[int, ...], stack_axes: int | Mapping[str, int]
+) -> int:
+    if isinstance(stack_axes, Mapping):
+        try:
+            stack_axes = first_match(stack_axes, path)
+        except KeyError:
+            raise ValueError(
+                f"No rule of stack_axes matches leaf {path!r}; end them with '.*': 0 "
+                "for all leaves that stack no layers."
+            ) from None
+    if not 0 <= stack_axes <= len(shape):
+        raise ValueError(
+            f"stack_axes is {stack_axes} for leaf {path!r} of shape {shape}; it must "
+            f"be in [0, {len(shape)}]. Where leaves differ, give rules such as "
+            "{'layers/.*': 1, '.*': 0}."
+        )
+    return int(stack_axes)
+
+
+def _preset_pattern(preset: Mapping[str, str], path: str, rank: int) -> str | None:
+    if rank < 2:
+        return "o" * rank
+    for regex, pattern in preset.items():
+        if re.fullmatch(regex, path) and _letters(pattern, rank):
+            return pattern
+    return None
+
+
+def _letters(pattern: str, rank: int) -> str | None:
+    """One letter per axis, or None where the pattern does not fit `rank` axes."""
+    if not re.fullmatch(r"[ioe]*(?:[ioe]\*)?[ioe]*", pattern):
+        return None
+    before, star, after = pattern.partition("*")
+    if star:
+        repeats = rank - len(before) - len(after) + 1
+        return before[:-1] + before[-1] * repeats + after if repeats >= 0 else None
+    return pattern if len(pattern) == rank else None
+
+
+def _remedy(path: str, stacked: int) -> str:
+    stack = f" (after {stacked} stacked)" if stacked else ""
+    return (
+        f"Give a rule such as {{{re.escape(path)!r}: 'io'}} with one letter per "
+        f"axis{stack}: i for input, o for output, e for rows that are looked up; and "
+        "declare leading axes that stack layers in stack_axes."
+    )

@@ -1,0 +1,141 @@
+"""Combining task vectors entry by entry: plain sums, or those that agree on a sign.
+
+The steps that TIES introduced and that DARE, DELLA and breadcrumbs reuse.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+import jax.numpy as jnp
+from jax import Array
+
+from jaxmerge.numerics import Count, count, safe_divide
+from jaxmerge.options import choice
+
+Vote = Literal["weighted", "mass", "count"]
+Tie = Literal["drop", "positive", "negative", "majority"]
+Aggregate = Literal["mean", "sum", "max"]
+Divisor = Literal["weights", "signed_weights", "count"]
+
+
+class Election(NamedTuple):
+    """How an entry's sign is elected and its agreeing task vectors are combined.
+
+    Implementations of TIES disagree on each of these points.
+
+    Attributes:
+        vote: what is summed to elect a sign: `"weighted"` sums `w_t * delta_t`
+            (mergekit), `"mass"` sums `delta_t` (the paper), `"count"` sums signs. In a
+            weighted vote a task vector agrees by the sign of `w_t * delta_t`, else by
+            that of `delta_t`.
+        tie: the sign where the sum is exactly zero: `"drop"` none, the entry stays at
+            the base; `"positive"` (mergekit); `"negative"`; `"majority"`, the sign that
+            more of the other entries elected (the authors' code).
+        aggregate: `"mean"`, `"sum"` or `"max"` (by magnitude) of the agreeing
+            `w_t * delta_t`.
+        divisor: what a mean divides by: `"weights"`, the agreeing `abs(w_t)` summed;
+            `"signed_weights"`, without `abs` (mergekit; negative weights then flip the
+            merged sign); `"count"`, how many agree (the paper).
+    """
+
+    vote: Vote = "weighted"
+    tie: Tie = "drop"
+    aggregate: Aggregate = "mean"
+    divisor: Divisor = "weights"
+
+    def checked(self, method: str) -> "Election":
+        """Itself.
+
+        Raises:
+            ValueError: a choice is unknown; the message starts with `method`.
+        """
+        for name, known in self.__annotations__.items():
+            choice(method, name, getattr(self, name), get_args(known))
+        return self
+
+
+def weighted_sum(deltas: Sequence[Array], weights: Sequence[Array]) -> Array:
+    """The sum of `weights[t] * deltas[t]`."""
+    return sum(w * d for w, d in zip(weights, deltas, strict=True))  # type: ignore
+
+
+def merge_elected(
+    deltas: Sequence[Array],
+    weights: Sequence[Array],
+    election: Election,
+    majority: Array | None = None,
+) -> Array:
+    """Elects one sign per entry and combines the task vectors that have it.
+
+    Args:
+        deltas: task vectors of one shape.
+        weights: one scalar per task vector.
+        election: the conventions.
+        majority: for `tie="majority"`, the sign that most entries of the whole model
+            elected; by default that of these entries.
+
+    Returns:
+        An array in the shape of a delta; 0 where no task vector agrees.
+    """
+    sums = votes(deltas, weights, election)
+    if election.tie == "majority" and majority is None:
+        majority = majority_sign(sign_counts(sums))
+    by_tie = {"drop": 0, "positive": 1, "negative": -1, "majority": majority}
+    signs = jnp.where(sums == 0, by_tie[election.tie], jnp.sign(sums))
+
+    scaled = [w * d for w, d in zip(weights, deltas, strict=True)]
+    voters = scaled if election.vote == "weighted" else deltas
+    agree = [(jnp.sign(v) == signs) & (v != 0) for v in voters]
+    kept = [jnp.where(a, s, 0) for a, s in zip(agree, scaled, strict=True)]
+    if election.aggregate == "max":
+        return signs * jnp.stack([jnp.abs(k) for k in kept]).max(0)
+    total: Array = sum(kept)  # type: ignore
+    if election.aggregate == "sum":
+        return total
+    of = {"weights": jnp.abs, "signed_weights": jnp.asarray, "count": jnp.ones_like}
+    share = of[election.divisor]
+    divisor = sum(a * share(w) for a, w in zip(agree, weights, strict=True))
+    return safe_divide(total, divisor, total)  # type: ignore
+
+
+def votes(
+    deltas: Sequence[Array], weights: Sequence[Array], election: Election
+) -> Array:
+    """What the sign of every entry is read off: a sum over task vectors."""
+    if election.vote == "weighted":
+        return weighted_sum(deltas, weights)
+    if election.vote == "mass":
+        return sum(deltas)  # type: ignore
+    return sum(jnp.sign(d) for d in deltas)  # type: ignore
+
+
+def sign_counts(sums: Array) -> tuple[Count, Count]:
+    """How many entries are positive, and how many negative."""
+    return count(sums > 0), count(sums < 0)
+
+
+def majority_sign(counts: tuple[Count, Count]) -> Array:
+    """1, 0 or -1 as more, as many or fewer entries are positive than negative."""
+    positive, negative = counts
+    return (positive >= negative).astype(jnp.int32) - (negative >= positive).astype(
+        jnp.int32
+    )
+
+
+def merge_thinned(
+    deltas: Sequence[Array], weights: Sequence[Array], election: Election | None
+) -> Array:
+    """Combines task vectors of which entries were dropped: elected, or all of them."""
+    if election is None:
+        return weighted_sum(deltas, weights)
+    return merge_elected(deltas, weights, election)
+
+
+def match_l1(thinned: Array, delta: Array) -> Array:
+    """Scales `thinned` to the L1 norm of `delta`, which it was made from.
+
+    As mergekit does, nothing is scaled where either norm is below 1e-7.
+    """
+    before, after = jnp.sum(jnp.abs(delta)), jnp.sum(jnp.abs(thinned))
+    too_small = (before < 1e-7) | (after < 1e-7)
+    return thinned * jnp.where(too_small, 1, safe_divide(before, after))

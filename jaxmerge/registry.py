@@ -1,0 +1,119 @@
+"""The merge methods by name, and what the command line, recipes and tests ask of them.
+
+A method registers once, by decorator; parameters, defaults and descriptions are read
+off its signature and docstring, so there is nothing to keep in step.
+"""
+
+import importlib
+import inspect
+import pkgutil
+import re
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Parameter(NamedTuple):
+    """One option of a method; `default` is `inspect.Parameter.empty` if required."""
+
+    name: str
+    default: Any
+    description: str
+
+    @property
+    def required(self) -> bool:
+        return self.default is inspect.Parameter.empty
+
+
+class Method(NamedTuple):
+    """A registered merge method.
+
+    Attributes:
+        name: the public name.
+        function: `function([base,] models, *, ...) -> params`.
+        paper: authors, title, venue.
+        link: where to read it.
+        identity: the options at which a single model comes back as it is.
+        symmetric: whether the order of the models is without effect.
+        max_models: the largest number of models, None for any number.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    paper: str
+    link: str
+    identity: Mapping[str, Any]
+    symmetric: bool
+    max_models: int | None
+
+    @property
+    def summary(self) -> str:
+        """The first line of the docstring."""
+        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+
+    @property
+    def needs_base(self) -> bool:
+        return "base" in inspect.signature(self.function).parameters
+
+    @property
+    def needs_key(self) -> bool:
+        return "key" in inspect.signature(self.function).parameters
+
+    @property
+    def file(self) -> str:
+        """The source file, relative to the repository."""
+        return self.function.__module__.replace(".", "/") + ".py"
+
+    @property
+    def parameters(self) -> dict[str, Parameter]:
+        """The options, in the order of the signature."""
+        described = _described_arguments(inspect.getdoc(self.function) or "")
+        return {
+            name: Parameter(name, parameter.default, described.get(name, ""))
+            for name, parameter in inspect.signature(self.function).parameters.items()
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        }
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def register(
+    *,
+    paper: str,
+    link: str,
+    identity: Mapping[str, Any] | None = None,
+    symmetric: bool = True,
+    max_models: int | None = None,
+) -> Callable[[F], F]:
+    """Registers the decorated function as a merge method under its own name."""
+
+    def add(function: F) -> F:
+        name = function.__name__
+        _METHODS[name] = Method(
+            name, function, paper, link, identity or {}, symmetric, max_models
+        )
+        return function
+
+    return add
+
+
+def methods() -> Mapping[str, Method]:
+    """All merge methods by name, in alphabetical order."""
+    package = importlib.import_module("jaxmerge.methods")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"jaxmerge.methods.{module.name}")
+    return MappingProxyType(dict(sorted(_METHODS.items())))
+
+
+def _described_arguments(docstring: str) -> dict[str, str]:
+    """The entries of the "Args:" section of a docstring, by name, each on one line."""
+    section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", docstring, re.DOTALL | re.MULTILINE)
+    if section is None:
+        return {}
+    entries = re.findall(
+        r"^ {4}(\w+): (.*?)(?=^ {4}\w|\Z)", section[1], re.DOTALL | re.MULTILINE
+    )
+    return {name: " ".join(text.split()) for name, text in entries}

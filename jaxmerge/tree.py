@@ -1,0 +1,120 @@
+"""Parameter trees: the paths of their leaves, whether trees are alike, rules on paths.
+
+A path joins the keys that lead to a leaf with slashes: `"layers/3/mlp/up/kernel"`.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Params = Any
+"""A pytree of arrays: nested dicts, lists, dataclasses, an `nnx.State`, ..."""
+
+T = TypeVar("T")
+
+
+def named_leaves(tree: Params) -> dict[str, Any]:
+    """The leaves of `tree` by path, in the order of `jax.tree.leaves`.
+
+    Raises:
+        ValueError: two leaves share a path, as in `{"a/b": x, "a": {"b": y}}`.
+
+    Example:
+        >>> list(named_leaves({"mlp": [{"kernel": 1.0}, {"kernel": 2.0}]}))
+        ['mlp/0/kernel', 'mlp/1/kernel']
+    """
+    leaves = {}
+    for keys, leaf in jax.tree.leaves_with_path(tree):
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        if path in leaves:
+            raise ValueError(
+                f"Two leaves have the path {path!r}; rename a key that contains '/'."
+            )
+        leaves[path] = leaf
+    return leaves
+
+
+def leaf_paths(tree: Params) -> list[str]:
+    """The paths of all leaves, in the order of `jax.tree.leaves`."""
+    return list(named_leaves(tree))
+
+
+def rebuild(like: Params, leaves: Mapping[str, Any]) -> Params:
+    """The tree of the structure of `like` that holds `leaves`, given by path."""
+    return jax.tree.unflatten(
+        jax.tree.structure(like), [leaves[path] for path in leaf_paths(like)]
+    )
+
+
+def first_match(rules: Mapping[str, T], path: str) -> T:
+    """The value of the first rule whose regular expression matches all of `path`.
+
+    Raises:
+        KeyError: no rule matches.
+
+    Example:
+        >>> first_match({".*/bias": 0, ".*": 1}, "mlp/bias")
+        0
+    """
+    for pattern, value in rules.items():
+        if re.fullmatch(pattern, path):
+            return value
+    raise KeyError(path)
+
+
+def is_float(leaf: Any) -> bool:
+    """Whether a leaf holds floating-point numbers: the kind that is merged."""
+    return jnp.issubdtype(_dtype(leaf), jnp.floating)
+
+
+def check_alike(
+    first: Params, others: Sequence[Params], *, names: Sequence[str]
+) -> None:
+    """Checks that all trees have the leaves, shapes and kinds of numbers of `first`.
+
+    `names` says how messages call `first` and then each of `others`. Only metadata
+    is looked at, so `jax.ShapeDtypeStruct` leaves and tracers are as good as arrays.
+
+    Raises:
+        ValueError: lists every leaf that differs.
+    """
+    want = named_leaves(first)
+    problems = [
+        f"{names[0]} leaf {path!r} is complex; merge real and imaginary parts apart"
+        for path, leaf in want.items()
+        if jnp.issubdtype(_dtype(leaf), jnp.complexfloating)
+    ]
+    for name, other in zip(names[1:], others, strict=True):
+        got = named_leaves(other)
+        problems += [
+            f"only {names[0]} has leaf {p!r}, {name} has not"
+            for p in want.keys() - got.keys()
+        ]
+        problems += [
+            f"only {name} has leaf {p!r}, {names[0]} has not"
+            for p in got.keys() - want.keys()
+        ]
+        for path in want.keys() & got.keys():
+            if np.shape(got[path]) != np.shape(want[path]):
+                problems.append(
+                    f"{name} leaf {path!r} has shape {np.shape(got[path])}, "
+                    f"{names[0]} has {np.shape(want[path])}"
+                )
+            elif is_float(want[path]) != is_float(got[path]):
+                problems.append(
+                    f"{name} leaf {path!r} has dtype {_dtype(got[path])}, "
+                    f"{names[0]} has {_dtype(want[path])}"
+                )
+    if problems:
+        raise ValueError(
+            "the trees are not alike: " + "; ".join(sorted(problems)) + ". "
+            "Drop, rename or reshape these leaves first (in a recipe: `take`)."
+        )
+
+
+def _dtype(leaf: Any) -> np.dtype:
+    return leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype

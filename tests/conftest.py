@@ -1,0 +1,28 @@
+"""Strict settings for every test: many devices, no silent broadcasts."""
+
+import os
+
+# Only jax's own flag reaches the processes that tests start themselves.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(0)
+
+
+@pytest.fixture(
+    params=[jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit],
+    ids=["auto", "explicit"],
+)
+def mesh(request):
+    """A mesh of 4 x 2 devices, in both ways that JAX can treat its axes."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(request.param,) * 2)
+    with jax.set_mesh(mesh):
+        yield mesh

@@ -1,0 +1,294 @@
+"""The same numbers as mergekit, where both tools mean the same."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxmerge
+
+GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "mergekit.npz")
+
+# mergekit's conventions in TIES and its relatives.
+SIGNS = {"tie": "positive", "divisor": "signed_weights"}
+ELECT = {"elect": True, "aggregate": "sum"} | SIGNS
+
+
+def by_substring(**values):
+    """mergekit's filters are substrings; `default` is for all other leaves."""
+    rules = {f".*{name}.*": v for name, v in values.items() if name != "default"}
+    return rules | {".*": values["default"]}
+
+
+def gradient(points, where=""):
+    """mergekit's layer gradients, over the six layers of the deep models."""
+    positions = np.linspace(0, len(points) - 1, 6)
+    values = np.interp(positions, np.arange(len(points)), points)
+    rules = {f".*layers.{i}.*{where}.*": v for i, v in enumerate(values)}
+    return rules | {f".*{where}.*": points[0]}
+
+
+THREE = ["ft1", "ft2", "ft3"]
+HALF = {"density": 0.5, **SIGNS}
+CASES = {
+    "linear": ("average", THREE, {"weights": [0.5, 0.3, 0.2]}),
+    "linear_unnormed_weights": ("average", THREE, {"weights": [1, 0.3, 0.5]}),
+    "linear_normalize_false": (
+        "average",
+        THREE,
+        {"weights": [1, 0.3, 0.5], "normalize": False},
+    ),
+    "linear_negative": ("average", ["ft1", "ft2"], {"weights": [1.5, -0.5]}),
+    "linear_sum_zero_nonorm": (
+        "average",
+        ["ft1", "ft2"],
+        {"weights": [1, -1], "normalize": False},
+    ),
+    "linear_identical": ("average", ["ft1", "ft1_copy"], {}),
+    "linear_filters": (
+        "average",
+        ["ft1", "ft2"],
+        {
+            "weights": [
+                by_substring(self_attn=0.9, mlp=0.2, default=0.5),
+                by_substring(self_attn=0.1, mlp=0.8, default=0.5),
+            ]
+        },
+    ),
+    "linear_filter_first_match": (
+        "average",
+        ["ft1", "ft2"],
+        {"weights": [by_substring(proj=0.25, q_proj=0.9, default=0.6), 0.5]},
+    ),
+    "linear_mixed_dtype": ("average", ["ft1", "ft2_bf16"], {}),
+    "linear_f16": ("average", ["ft1_f16", "ft2_f16"], {}),
+    "linear_bf16": ("average", ["ft1_bf16", "ft2_bf16"], {}),
+    "linear_gradient": (
+        "average",
+        ["deep_ft1", "deep_ft2"],
+        {"weights": [gradient([0, 1]), gradient([1, 0])]},
+    ),
+    "linear_gradient3": (
+        "average",
+        ["deep_ft1", "deep_ft2"],
+        {"weights": [gradient([0.1, 0.9, 0.3]), gradient([1, 0.2, 0.6, 0.4])]},
+    ),
+    "ta_lambda": ("task_arithmetic", THREE, {"weights": [0.5, 0.3, 0.2], "scale": 0.4}),
+    "ta_normalize": (
+        "task_arithmetic",
+        THREE,
+        {"weights": [1, 0.5, 0.5], "normalize": True},
+    ),
+    "ta_negative": ("task_arithmetic", ["ft1", "ft2"], {"weights": [1, -0.5]}),
+    "ta_zero_delta": ("task_arithmetic", ["ft_zero", "ft1"], {"weights": [0.7, 0.3]}),
+    "ta_base_listed": ("task_arithmetic", ["ft1", "ft2"], {"weights": [0.6, 0.4]}),
+    "ta_out_bf16": ("task_arithmetic", THREE, {"weights": [0.5, 0.3, 0.2]}),
+    "ta_mixed_dtype": ("task_arithmetic", ["ft1_bf16", "ft2_bf16"], {"weights": 0.5}),
+    "ta_gradient_filter": (
+        "task_arithmetic",
+        ["deep_ft1", "deep_ft2"],
+        {
+            "weights": [
+                gradient([0, 1], "self_attn")
+                | gradient([1, 0.5, 0], "mlp")
+                | {".*": 0.25},
+                0.3,
+            ]
+        },
+    ),
+    "task_arithmetic_bf16_f32": (
+        "task_arithmetic",
+        ["ft1_bf16", "ft2_bf16"],
+        {"weights": 0.4},
+    ),
+    "ties_d05": ("ties", THREE, HALF),
+    "ties_d02": ("ties", THREE, {"density": 0.2, **SIGNS}),
+    "ties_d1": ("ties", THREE, {"density": 1.0, **SIGNS}),
+    "ties_d08_w": (
+        "ties",
+        THREE,
+        {"density": [0.8, 0.5, 0.3], "weights": [0.7, 0.3, 1.2], **SIGNS},
+    ),
+    "ties_normalize_false": (
+        "ties",
+        THREE,
+        {**HALF, "weights": 0.5, "aggregate": "sum"},
+    ),
+    "ties_lambda": ("ties", THREE, {**HALF, "scale": 0.3}),
+    "ties_rescale": ("ties", THREE, {**HALF, "rescale": "l1"}),
+    "ties_negative_weight": ("ties", THREE, {**HALF, "weights": [1, -0.5, 1]}),
+    "ties_zero_delta": ("ties", ["ft_zero", "ft1"], HALF),
+    "ties_identical": ("ties", ["ft1", "ft1_copy"], HALF),
+    "ties_exact_ties_d1": ("ties", ["ft_q1", "ft_q2"], {"density": 1.0, **SIGNS}),
+    "ties_bf16_f32": (
+        "ties",
+        ["ft1_bf16", "ft2_bf16"],
+        {"density": 1.0, "weights": 0.4, **SIGNS},
+    ),
+    "ties_example_style": (
+        "ties",
+        ["deep_ft1", "deep_ft2"],
+        {
+            "density": [gradient([1, 0.7, 0.1]), 0.33],
+            "weights": [1.0, by_substring(mlp=0.5, default=0.0)],
+            **SIGNS,
+        },
+    ),
+    "dare_linear_d1": ("dare", THREE, {"density": 1.0, "weights": [0.5, 0.3, 0.2]}),
+    "dare_ties_d1": (
+        "dare",
+        THREE,
+        {"density": 1.0, "weights": [0.5, 0.3, 0.2], **ELECT},
+    ),
+    "della_d1": ("della", THREE, {"density": 1.0, "weights": [0.5, 0.3, 0.2], **SIGNS}),
+    "della_linear_d1": (
+        "della",
+        THREE,
+        {"density": 1.0, "weights": [0.5, 0.3, 0.2], "elect": False},
+    ),
+    "breadcrumbs_d05_g01": (
+        "breadcrumbs",
+        THREE,
+        {"density": 0.5, "gamma": 0.1, "weights": 0.4},
+    ),
+    "breadcrumbs_d1": (
+        "breadcrumbs",
+        THREE,
+        {"density": 1.0, "gamma": 0.1, "weights": 0.4},
+    ),
+    "breadcrumbs_ties_d09_g02": (
+        "breadcrumbs",
+        THREE,
+        {"density": 0.9, "gamma": 0.2, "weights": 0.4, **ELECT},
+    ),
+    "breadcrumbs_ties_d1": (
+        "breadcrumbs",
+        THREE,
+        {"density": 1.0, "weights": 0.4, **ELECT},
+    ),
+    "slerp_t0": ("slerp", ["ft1", "ft2"], {"t": 0}),
+    "slerp_t03": ("slerp", ["ft1", "ft2"], {"t": 0.3}),
+    "slerp_t05": ("slerp", ["ft1", "ft2"], {"t": 0.5}),
+    "slerp_t1": ("slerp", ["ft1", "ft2"], {"t": 1}),
+    "slerp_far": ("slerp", ["ft1", "ft1_minus"], {"t": 0.3}),
+    "slerp_identical": ("slerp", ["ft1", "ft1_copy"], {"t": 0.4}),
+    "slerp_orthogonal": ("slerp", ["deep_base", "deep_ortho"], {"t": 0.35}),
+    "slerp_bf16": ("slerp", ["ft1_bf16", "ft2_bf16"], {"t": 0.4}),
+    "model_stock": ("model_stock", THREE, {"clip": False}),
+    "model_stock_2": ("model_stock", ["ft1", "ft2"], {"clip": False}),
+    "model_stock_filter_wise": (
+        "model_stock",
+        THREE,
+        {"clip": False, "scope": "row"},
+    ),
+    "model_stock_identical": ("model_stock", ["ft1", "ft1_copy"], {}),
+    "model_stock_zero_delta": ("model_stock", ["ft_zero", "ft1"], {"clip": False}),
+    "model_stock_bf16": ("model_stock", ["ft1_bf16", "ft2_bf16"], {"clip": False}),
+}
+
+
+def dtype_of(model):
+    suffix = model.rpartition("_")[2]
+    return {"bf16": jnp.bfloat16, "f16": jnp.float16}.get(suffix, jnp.float32)
+
+
+def tree(model, dtype=None):
+    prefix = f"inputs/{model}/"
+    names = [name for name in GOLDEN.files if name.startswith(prefix)]
+    return {
+        name.removeprefix(prefix): jnp.asarray(GOLDEN[name], dtype or dtype_of(model))
+        for name in names
+    }
+
+
+def base_of(models):
+    first = models[0]
+    if first.startswith("deep"):
+        return "deep_base"
+    return {"ft_q1": "base_q", "ft1_bf16": "base_bf16"}.get(first, "base")
+
+
+def call(method, base, models, **options):
+    registered = jaxmerge.methods()[method]
+    if registered.needs_key:
+        options = {"key": 0} | options
+    inputs = (base, models) if registered.needs_base else (models,)
+    return registered.function(*inputs, **options)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_agrees_with_mergekit(case):
+    method, models, options = CASES[case]
+    base = "base" if case == "ta_mixed_dtype" else base_of(models)
+    merged = call(method, tree(base), [tree(m) for m in models], **options)
+    rtol, atol = 1e-5, 1e-6
+    if case.startswith("slerp"):
+        atol = 1e-5  # mergekit takes the arccos of a cosine near 1
+    if case in ("linear_bf16", "model_stock_bf16", "slerp_bf16"):
+        rtol, atol = 2**-7, 1e-3  # mergekit computes in bfloat16 here
+    if case == "linear_f16":
+        rtol, atol = 2**-10, 1e-5  # and in float16 here
+    for name, got in merged.items():
+        want = jnp.asarray(GOLDEN[f"{case}/{name}"])
+        if case.endswith(("bf16_f32", "out_bf16")):
+            got, want = got.astype(jnp.bfloat16), want.astype(jnp.bfloat16)
+            rtol = 2**-8  # one unit in the last place
+        np.testing.assert_allclose(
+            np.asarray(got, np.float32),
+            np.asarray(want, np.float32),
+            rtol=rtol,
+            atol=atol,
+            err_msg=name,
+        )
+
+
+RANDOM_CASES = {
+    "dare_linear_d05": ("dare", {"density": 0.5, "rescale": "l1"}),
+    "dare_linear_d01": ("dare", {"density": 0.1, "rescale": "l1"}),
+    "dare_linear_d05_norescale": ("dare", {"density": 0.5, "rescale": None}),
+    "dare_ties_d05": ("dare", {"density": 0.5, "rescale": "l1", **ELECT}),
+    "della_d05": (
+        "della",
+        {"density": 0.5, "half_width": 0.2, "rescale": "l1", **SIGNS},
+    ),
+    "della_linear_d05": (
+        "della",
+        {"density": 0.5, "half_width": 0.2, "rescale": "l1", "elect": False},
+    ),
+    "della_linear_d05_norescale": (
+        "della",
+        {"density": 0.5, "half_width": 0.2, "rescale": None, "elect": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RANDOM_CASES)
+def test_random_methods_have_mergekits_moments(case):
+    method, options = RANDOM_CASES[case]
+    prefix = f"expect/{case}/mean/"
+    names = [n.removeprefix(prefix) for n in GOLDEN.files if n.startswith(prefix)]
+    base, *models = ({n: tree(m)[n] for n in names} for m in ("base", *THREE))
+    draws = 1000
+
+    @jax.jit
+    def moments(keys):
+        weights = [0.5, 0.3, 0.2]
+        merged = jax.lax.map(
+            lambda key: call(method, base, models, key=key, weights=weights, **options),
+            keys,
+            batch_size=50,
+        )
+        return jax.tree.map(lambda x: (x.mean(0), x.std(0)), merged)
+
+    for name, (mean, std) in moments(
+        jax.random.split(jax.random.key(0), draws)
+    ).items():
+        want_mean, want_std = (
+            GOLDEN[f"expect/{case}/{m}/{name}"] for m in ("mean", "std")
+        )
+        error = (mean - want_mean) / (want_std * np.sqrt(1 / draws + 1 / 4000) + 1e-7)
+        assert np.abs(error).max() < 5.5
+        assert abs(np.square(error).mean() - 1) < 0.25
+        np.testing.assert_allclose(std.mean(), want_std.mean(), rtol=0.02)

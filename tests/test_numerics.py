@@ -1,0 +1,157 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxmerge import numerics
+from jaxmerge.numerics import Count, count, entries, kth_magnitude, norm, safe_divide
+
+DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
+properties = settings(deadline=None, max_examples=50)
+
+_kth = jax.jit(kth_magnitude)
+
+
+def sorted_magnitudes(*arrays):
+    flat = np.concatenate([np.abs(np.asarray(a, np.float64)).ravel() for a in arrays])
+    return np.sort(flat)[::-1]
+
+
+@properties
+@given(st.data(), st.sampled_from(DTYPES))
+def test_kth_magnitude_is_that_of_a_sort(data, dtype):
+    values = data.draw(
+        st.lists(st.floats(-6e4, 6e4, width=16), min_size=1, max_size=40)
+    )
+    x = jnp.asarray(values, dtype)
+    k = data.draw(st.integers(1, x.size))
+    got = _kth(x, Count.of(k))
+    assert got.dtype == dtype
+    assert float(got) == sorted_magnitudes(x)[k - 1]
+
+
+@properties
+@given(hnp.arrays(np.float32, 20, elements=st.floats(width=32, allow_nan=False)))
+def test_kth_magnitude_of_any_float32(x):
+    # Subnormals included: XLA may flush them in arithmetic, but not in bit patterns.
+    for k in (1, 7, 20):
+        assert float(_kth(x, Count.of(k))) == sorted_magnitudes(x)[k - 1]
+
+
+def test_kth_magnitude_counts_ties_one_by_one():
+    x = jnp.array([2.0, -2.0, 1.0, 1.0, -1.0, 0.0])
+    assert [float(kth_magnitude(x, k)) for k in range(1, 7)] == [2, 2, 1, 1, 1, 0]
+
+
+def test_kth_magnitude_of_a_tree_ranks_all_leaves_together():
+    tree = {"a": jnp.array([[4.0, 3], [2, 1]]), "b": jnp.array([0.4, -30.0])}
+    ranked = sorted_magnitudes(tree["a"], tree["b"])
+    assert [float(kth_magnitude(tree, k)) for k in range(1, 7)] == ranked.astype(
+        np.float32
+    ).tolist()
+
+
+def test_kth_magnitude_of_several_dtypes_compares_in_the_widest():
+    tree = [jnp.array([1.0], jnp.bfloat16), jnp.array([1.0009765625, 0.5], jnp.float16)]
+    got = kth_magnitude(tree, 1)
+    assert got.dtype == jnp.float32
+    assert float(got) == 1.0009765625
+
+
+def test_kth_magnitude_per_stacked_layer():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((5, 6, 4)), jnp.float32)
+    got = jax.vmap(functools.partial(kth_magnitude, k=7))(x)
+    assert got.tolist() == [sorted_magnitudes(layer)[6] for layer in x]
+
+
+def test_nan_counts_as_larger_than_infinity():
+    x = jnp.array([jnp.inf, jnp.nan, 1.0])
+    assert np.isnan(kth_magnitude(x, 1))
+    assert float(kth_magnitude(x, 2)) == np.inf
+
+
+def test_kth_magnitude_of_float64():
+    with jax.enable_x64(True):
+        x = jnp.asarray([1.0, 1.0 + 1e-15, -0.5])
+        assert float(kth_magnitude(x, 2)) == 1.0
+
+
+def test_kth_magnitude_refuses_a_rank_out_of_range():
+    with pytest.raises(ValueError, match="k is 4, the tree has 3 entries"):
+        kth_magnitude(jnp.ones(3), 4)
+
+
+def test_kth_magnitude_on_a_mesh_communicates_counts_alone(mesh):
+    x = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
+    placed = jax.device_put(x, NamedSharding(mesh, P("data", "model")))
+    compiled = _kth.lower(placed, Count.of(100)).compile()
+    assert "all-gather" not in compiled.as_text()
+    assert "sort(" not in compiled.as_text()
+    assert float(compiled(placed, Count.of(100))) == sorted_magnitudes(x)[99]
+
+
+@properties
+@given(st.integers(0, 2**39), st.integers(0, 2**39))
+def test_counts_add_and_compare_as_integers(a, b):
+    total = Count.of(a) + Count.of(b)
+    assert int(total.high) * 256 + int(total.low) == a + b
+    assert bool(Count.of(a) >= Count.of(b)) == (a >= b)
+
+
+@properties
+@given(hnp.arrays(bool, hnp.array_shapes(max_dims=4, max_side=9)))
+def test_counting_axis_by_axis_equals_a_sum(mask):
+    got = numerics._count_by_axes(jnp.asarray(mask))
+    assert int(got.high) * 256 + int(got.low) == mask.sum()
+
+
+def test_counts_beyond_32_bits():
+    # The mask is never stored: the comparison fuses into the sums.
+    @jax.jit
+    def count_large(x):
+        return count(jnp.broadcast_to(x, (2**13, 2**10, 2**10)) > 0)
+
+    got = count_large(jnp.ones((2**10,)))
+    assert int(got.high) * 256 + int(got.low) == 2**33
+
+
+def test_an_axis_too_long_to_count_is_refused():
+    shape = jax.ShapeDtypeStruct((2**33,), bool)
+    with pytest.raises(ValueError, match=r"longer than 2\*\*24"):
+        jax.eval_shape(count, shape)
+
+
+@pytest.mark.parametrize(
+    ("density", "size", "floor"),
+    [(0.2, 10, 2), (1.0, 7, 7), (0.01, 50, 1), (0.29, 100, 28)],
+)
+def test_entries_kept(density, size, floor):
+    assert entries(density, size) == floor
+    assert entries(density, size, rounding="floor_plus_one") == min(
+        size, int(density * size) + 1
+    )
+
+
+def test_safe_divide_has_a_value_and_a_gradient_at_zero():
+    y = jnp.array([2.0, 0.0])
+    assert safe_divide(jnp.ones(2), y, 5.0).tolist() == [0.5, 5.0]
+    gradient = jax.grad(lambda y: safe_divide(jnp.ones(2), y).sum())(y)
+    assert gradient.tolist() == [-0.25, 0.0]
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_norm_neither_overflows_nor_vanishes(scale):
+    x = np.array([3.0, -4.0], np.float32) * np.float32(scale)
+    np.testing.assert_allclose(norm(jnp.asarray(x)), 5 * scale, rtol=1e-6)
+
+
+def test_norm_of_nothing_and_of_zeros_is_zero():
+    assert float(norm(jnp.zeros(3))) == 0
+    assert float(norm(jnp.zeros((0,)))) == 0
