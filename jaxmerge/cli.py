@@ -1,0 +1,299 @@
+"""The command line: `jaxmerge merge`, `methods`, `inspect`, `compare` and `demo`."""
+
+import argparse
+import contextlib
+import csv
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+# Commands import what they need themselves, so that `--help` does not wait for it.
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from jaxmerge.analysis import Comparison, Statistics
+    from jaxmerge.registry import Method
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: its words; by default those the program was called with.
+
+    Returns:
+        The exit status: 0, or 1 for errors in what was asked for.
+    """
+    arguments = _parser().parse_args(argv)
+
+    from jaxmerge.checkpoints import CheckpointError
+    from jaxmerge.planning import MergeError
+    from jaxmerge.recipes import RecipeError
+
+    try:
+        arguments.command(arguments)
+    except OSError as error:
+        return _fail(_explain(error))
+    except (RecipeError, CheckpointError, MergeError, _CommandError) as error:
+        return _fail(str(error))
+    return 0
+
+
+class _CommandError(ValueError):
+    """A command that cannot be carried out."""
+
+
+def _fail(message: str) -> int:
+    print(f"jaxmerge: {message}", file=sys.stderr)
+    return 1
+
+
+def _explain(error: OSError) -> str:
+    """What went wrong, without the number that only programs understand."""
+    if error.strerror is None:
+        return str(error)
+    where = "" if error.filename is None else f"{error.filename}: "
+    return f"{where}{error.strerror}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    import jaxmerge
+
+    parser = argparse.ArgumentParser(prog="jaxmerge", description=jaxmerge.__doc__)
+    parser.add_argument("--version", action="version", version=jaxmerge.__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Callable[..., None], help: str) -> Any:
+        added = commands.add_parser(name, help=help, description=f"{help}.")
+        added.set_defaults(command=command)
+        return added
+
+    merge = add("merge", _merge, "Merge checkpoints as a recipe says")
+    merge.add_argument("recipe", metavar="RECIPE", help="YAML file")
+    merge.add_argument("out", metavar="OUT", help="directory to create")
+
+    methods = add("methods", _methods, "List the merge methods, or describe one")
+    methods.add_argument("name", metavar="NAME", nargs="?")
+
+    inspect = add("inspect", _inspect, "List the leaves of a checkpoint")
+    inspect.add_argument("checkpoint", metavar="CKPT", help="file or directory")
+
+    compare = add("compare", _compare, "Measure how models differ from their base")
+    compare.add_argument("base", metavar="BASE", help="checkpoint of the start")
+    compare.add_argument("models", metavar="MODEL", nargs="+", help="checkpoint")
+    compare.add_argument("--csv", metavar="FILE", help="also write a row per leaf")
+
+    demo = add("demo", _demo, "Train, merge and compare small models")
+    demo.add_argument("--out", metavar="DIR", default="jaxmerge-demo")
+    demo.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from jaxmerge.merging import merge_checkpoints
+    from jaxmerge.recipes import load_recipe
+
+    recipe = load_recipe(arguments.recipe)
+    with _progress(_console()) as progress:
+        report = merge_checkpoints(recipe, arguments.out, progress=progress)
+    totals = report["totals"]
+    leaves = ", ".join(f"{n} {kind}" for kind, n in totals["treatments"].items())
+    print(f"Leaves: {leaves}.")
+    if totals["base_norm"] is not None:
+        print(
+            f"Norm of the merged task vector: {totals['task_vector_norm']:.4g}, "
+            f"of the base: {totals['base_norm']:.4g}."
+        )
+    print(f"Wrote {arguments.out} in {totals['seconds']:.1f} s.")
+
+
+@contextlib.contextmanager
+def _progress(console: "Console") -> Iterator[Callable[[int, int, str], None]]:
+    """Shows a bar on a terminal, elsewhere a line per tenth of the output."""
+    if not console.is_terminal:
+        tenth = -1
+
+        def show(done: int, total: int, name: str) -> None:
+            nonlocal tenth
+            if 10 * done // max(total, 1) > tenth:
+                tenth = 10 * done // max(total, 1)
+                print(f"{_size(done)} of {_size(total)}: {name}")
+
+        yield show
+        return
+
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    bar = Progress(
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[name]}", markup=False),
+        console=console,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("", name="")
+        yield lambda done, total, name: bar.update(
+            task, completed=done, total=total, name=name
+        )
+
+
+def _methods(arguments: argparse.Namespace) -> None:
+    from jaxmerge.recipe_syntax import unknown
+    from jaxmerge.registry import methods
+
+    known = methods()
+    if arguments.name is None:
+        rows = [(m.name, m.summary, m.paper) for m in known.values()]
+        _print_table(["Method", "What it does", "Paper"], rows)
+    elif arguments.name in known:
+        _describe(known[arguments.name])
+    else:
+        raise _CommandError(unknown("method", arguments.name, list(known)))
+
+
+def _describe(method: "Method") -> None:
+    models = method.max_models
+    needs = ["a base"] if method.needs_base else []
+    needs += ["models" if models is None else f"at most {models} models"]
+    needs += ["a seed"] if method.needs_key else []
+    print(f"{method.name}: {method.summary}")
+    print(f"{method.paper}, {method.link}")
+    print(f"Needs {', '.join(needs)}.")
+    rows = [
+        (
+            parameter.name,
+            "required" if parameter.required else repr(parameter.default),
+            parameter.description,
+        )
+        for parameter in method.parameters.values()
+        if parameter.name not in ("key", "names")
+    ]
+    _print_table(["Option", "Default", "Meaning"], rows)
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    import math
+
+    from jaxmerge.checkpoints import open_checkpoint
+
+    checkpoint = open_checkpoint(arguments.checkpoint)
+    rows = [
+        (name, str(list(info.shape)), str(info.dtype), _size(info.nbytes))
+        for name, info in checkpoint.leaves.items()
+    ]
+    _print_table(["Leaf", "Shape", "Dtype", "Size"], rows)
+    infos = checkpoint.leaves.values()
+    entries = sum(math.prod(info.shape) for info in infos)
+    dtypes = ", ".join(dict.fromkeys(str(info.dtype) for info in infos))
+    size = _size(sum(info.nbytes for info in infos))
+    print(f"{len(rows)} leaves, {entries:,} entries, {size}, {dtypes}")
+    print(f"Format: {_format(checkpoint.path)}")
+
+
+def _format(path: Any) -> str:
+    if path.is_dir():
+        return "safetensors, directory in Hugging Face layout"
+    return {".safetensors": "safetensors", ".msgpack": "flax msgpack"}[path.suffix]
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from jaxmerge.analysis import compare_checkpoints
+    from jaxmerge.checkpoints import open_checkpoint
+
+    paths = dict(zip(_short_names(arguments.models), arguments.models, strict=True))
+    result = compare_checkpoints(
+        open_checkpoint(arguments.base),
+        {name: open_checkpoint(path) for name, path in paths.items()},
+    )
+    total, names = result.total, result.names
+    rows = [
+        (name, f"{norm:.4g}", f"{ratio:.3%}", *(f"{c:.3f}" for c in cosines))
+        for name, norm, ratio, cosines in zip(
+            names, total.norms, total.relative_norms, total.cosines, strict=True
+        )
+    ]
+    _print_table(["Task vector", "Norm", "Of base", *(f"cos {n}" for n in names)], rows)
+    header = ["Layer", "Entries", *(f"norm {n}" for n in names), *_MEASURES]
+    layers = [_row(layer, part) for layer, part in result.layers.items()]
+    _print_table(header, [*layers, _row("all", total)])
+    if result.left_out:
+        left_out = ", ".join(result.left_out[:10])
+        more = f" and {len(result.left_out) - 10} more" if result.left_out[10:] else ""
+        print(f"Left out, as not alike in all: {left_out}{more}")
+    if arguments.csv is not None:
+        _write_csv(arguments.csv, result)
+
+
+_MEASURES = ("mean cos", "sign conflicts")
+
+
+def _short_names(paths: Sequence[str]) -> list[str]:
+    """The last parts of paths; whole paths where these are not distinct."""
+    from pathlib import Path
+
+    names = [Path(path).name for path in paths]
+    return names if len(set(names)) == len(names) else list(paths)
+
+
+def _row(name: str, part: "Statistics") -> list[str]:
+    norms = [f"{norm:.4g}" for norm in part.norms]
+    shares = [f"{_mean_cosine(part):.3f}", f"{part.sign_conflict:.1%}"]
+    return [name, f"{part.entries:,}", *norms, *shares]
+
+
+def _mean_cosine(part: "Statistics") -> float:
+    """The mean over pairs of different models; NaN for a single one."""
+    models = len(part.norms)
+    pairs = models * (models - 1)
+    total = float(part.cosines.sum() - part.cosines.trace())
+    return total / pairs if pairs else float("nan")
+
+
+def _write_csv(path: str, result: "Comparison") -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        norms = [f"norm {name}" for name in result.names]
+        writer.writerow(["leaf", "entries", "base norm", *norms, *_MEASURES])
+        for name, part in result.leaves.items():
+            shares = [_mean_cosine(part), part.sign_conflict]
+            writer.writerow([name, part.entries, part.base_norm, *part.norms, *shares])
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from jaxmerge.demo import run
+
+    run.main(arguments.out, seed=arguments.seed)
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    # Where no terminal sets a width, rich would break lines at 80 characters.
+    width = None if sys.stdout.isatty() else 200
+    return Console(width=width, highlight=False, markup=False)
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for title in header:
+        table.add_column(title, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    _console().print(table)
+
+
+def _size(nbytes: int) -> str:
+    from rich.filesize import decimal
+
+    return decimal(nbytes)

@@ -1,0 +1,196 @@
+"""What becomes of each leaf in a merge of checkpoints, decided from headers alone."""
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxmerge.checkpoints import Checkpoint, LeafInfo, open_checkpoint
+from jaxmerge.recipes import Recipe
+from jaxmerge.tree import first_match, is_float
+
+_SHOWN = 20
+
+
+class MergeError(ValueError):
+    """Checkpoints that cannot be merged as the recipe says; the message says why."""
+
+
+class Inputs(NamedTuple):
+    """The checkpoints of a recipe, opened; `models` by name."""
+
+    base: Checkpoint | None
+    models: dict[str, Checkpoint]
+
+    @property
+    def like(self) -> Checkpoint:
+        """The one that the output is like: the base, without one the first model."""
+        return next(iter(self.models.values())) if self.base is None else self.base
+
+    @property
+    def labelled(self) -> dict[str, Checkpoint]:
+        """All of them, by what messages call them."""
+        base = {} if self.base is None else {"base": self.base}
+        return base | {
+            f"models[{i}] ({name})": model
+            for i, (name, model) in enumerate(self.models.items())
+        }
+
+
+class Step(NamedTuple):
+    """What becomes of one leaf.
+
+    Attributes:
+        treatment: "merged", "copied: integer", "taken: base", "taken: first" or
+            "skipped".
+        source: the checkpoint that it is read from; of a merged or skipped leaf, the
+            first that has it.
+        out: shape and dtype to write, unless it is skipped.
+    """
+
+    treatment: str
+    source: Checkpoint
+    out: LeafInfo
+
+
+def open_inputs(recipe: Recipe) -> Inputs:
+    """Opens all checkpoints of a recipe.
+
+    Raises:
+        CheckpointError: one is missing or damaged.
+    """
+    base = None if recipe.base is None else open_checkpoint(recipe.base)
+    models = {name: open_checkpoint(path) for name, path in recipe.models.items()}
+    return Inputs(base, models)
+
+
+def plan_leaves(recipe: Recipe, inputs: Inputs) -> dict[str, Step]:
+    """Decides what becomes of each leaf, in the order of the base.
+
+    Raises:
+        MergeError: leaves that cannot be merged, or rules that match no leaf.
+    """
+    checkpoints = inputs.labelled
+    names = dict.fromkeys(
+        name for checkpoint in checkpoints.values() for name in checkpoint.leaves
+    )
+    _check_rules(recipe, names)
+    steps, unlike = {}, {}
+    for name in names:
+        infos = {
+            label: checkpoint.leaves[name]
+            for label, checkpoint in checkpoints.items()
+            if name in checkpoint.leaves
+        }
+        action = _taken(recipe.take, name)
+        if action is None and (difference := _difference(infos, checkpoints)):
+            unlike[name] = difference
+        elif action == "base" and "base" not in infos:
+            unlike[name] = "to be taken from the base, which has not got it"
+        elif action == "first" and infos.keys() == {"base"}:
+            unlike[name] = "to be taken from the first model that has it, but none has"
+        else:
+            steps[name] = _step(recipe, inputs, name, action)
+    if unlike:
+        raise MergeError(_explain(recipe, inputs, names, unlike))
+    if not any(step.treatment == "merged" for step in steps.values()):
+        raise MergeError(f"{recipe.source}: no floating-point leaf is left to merge")
+    return steps
+
+
+def _step(recipe: Recipe, inputs: Inputs, name: str, action: str | None) -> Step:
+    candidates = (
+        inputs.models.values() if action == "first" else inputs.labelled.values()
+    )
+    source = next(each for each in candidates if name in each.leaves)
+    info = source.leaves[name]
+    if action == "skip":
+        return Step("skipped", source, info)
+    if is_float(info) and recipe.dtype is not None:
+        info = info._replace(dtype=np.dtype(recipe.dtype))
+    if action is not None:
+        return Step(f"taken: {action}", source, info)
+    return Step("merged" if is_float(info) else "copied: integer", source, info)
+
+
+def _taken(take: Mapping[str, str], name: str) -> str | None:
+    try:
+        return first_match(take, name)
+    except KeyError:
+        return None
+
+
+def _check_rules(recipe: Recipe, names: Collection[str]) -> None:
+    """Checks that every rule matches a leaf: one that does not is likely a typo."""
+    rules = {"take": recipe.take} | {
+        f"option {option}": value
+        for option, value in recipe.options.items()
+        if isinstance(value, Mapping)
+    }
+    for where, patterns in rules.items():
+        for pattern in patterns:
+            if not any(re.fullmatch(pattern, name) for name in names):
+                raise MergeError(
+                    f"{recipe.source}: {where}: the rule {pattern!r} matches no leaf. "
+                    f"A rule must match the whole path, such as {next(iter(names))!r}."
+                )
+
+
+def _difference(
+    infos: Mapping[str, LeafInfo], checkpoints: Mapping[str, Checkpoint]
+) -> str:
+    """Why a leaf cannot be merged; empty if it can."""
+    if missing := [label for label in checkpoints if label not in infos]:
+        return f"in {', '.join(infos)}, but not in {', '.join(missing)}"
+    if len({info.shape for info in infos.values()}) > 1:
+        shapes = (f"{label} {list(info.shape)}" for label, info in infos.items())
+        return f"of different shapes: {', '.join(shapes)}"
+    if len({is_float(info) for info in infos.values()}) > 1:
+        dtypes = (f"{label} {info.dtype}" for label, info in infos.items())
+        return f"of different kinds: {', '.join(dtypes)}"
+    if any(info.dtype.kind == "c" for info in infos.values()):
+        return "complex, which no method merges"
+    if any(is_float(info) and info.dtype.itemsize == 1 for info in infos.values()):
+        return "float8, which is meaningless without its scales: convert to bfloat16"
+    return ""
+
+
+def _explain(
+    recipe: Recipe, inputs: Inputs, names: Collection[str], unlike: Mapping[str, str]
+) -> str:
+    """Lists leaves that cannot be merged by reason, with the rules that would help."""
+    groups: dict[str, list[str]] = {}
+    for name in list(unlike)[:_SHOWN]:
+        groups.setdefault(unlike[name], []).append(name)
+    lines = [f"{recipe.source}: {len(unlike)} of {len(names)} leaves cannot be merged."]
+    for reason, members in groups.items():
+        lines += [f"  {reason}:", *(f"    {name}" for name in members)]
+    if len(unlike) > _SHOWN:
+        lines.append(f"  and {len(unlike) - _SHOWN} more")
+    lines += [
+        "To leave them unmerged, say in the recipe whose to take (base, first, skip):",
+        "take:",
+        *_take_rules(inputs, names, unlike),
+    ]
+    return "\n".join(lines)
+
+
+def _take_rules(
+    inputs: Inputs, names: Collection[str], unlike: Mapping[str, str]
+) -> Iterator[str]:
+    """YAML rules that match the leaves in `unlike` and no others."""
+    any_number = {name: re.sub(r"\d+", r"\\d+", re.escape(name)) for name in names}
+    # Layers share a rule, unless it would also take leaves that can be merged.
+    too_wide = {any_number[name] for name in names if name not in unlike}
+    rules = {}
+    for name in unlike:
+        wide = any_number[name]
+        in_base = inputs.base is not None and name in inputs.base.leaves
+        pattern = re.escape(name) if wide in too_wide else wide
+        rules.setdefault(pattern, "base" if in_base else "first")
+    for pattern, action in list(rules.items())[:_SHOWN]:
+        quoted = pattern.replace("'", "''")
+        yield f"  '{quoted}': {action}"
+    if len(rules) > _SHOWN:
+        yield f"  # and {len(rules) - _SHOWN} more"

@@ -1,0 +1,135 @@
+"""What a merge did, as it is written next to the weights."""
+
+import datetime
+import math
+import platform
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
+from importlib.metadata import version
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+import jaxmerge
+from jaxmerge.checkpoints import Checkpoint
+from jaxmerge.recipes import Recipe
+
+T = TypeVar("T")
+
+_BLOCK = 8192  # Entries that are in float64 at a time: small enough for the cache.
+
+
+class LeafReport(NamedTuple):
+    """What became of a leaf.
+
+    Attributes:
+        treatment: "merged", "copied: integer", "taken: base", "taken: first" or
+            "skipped".
+        dtype_in: the dtype it has in the base (without one: in the first model).
+        dtype_out: the dtype it was written in; None if skipped.
+        base_norm: Euclidean norm in the base; None if not merged, or without a base.
+        task_vector_norm: Euclidean norm of what was written minus the base.
+    """
+
+    treatment: str
+    dtype_in: str
+    dtype_out: str | None = None
+    base_norm: float | None = None
+    task_vector_norm: float | None = None
+
+
+def merge_report(
+    recipe: Recipe,
+    base: Checkpoint | None,
+    models: Mapping[str, Checkpoint],
+    leaves: Mapping[str, LeafReport],
+    digests: Mapping[Any, Mapping[str, str]],
+    seconds: float,
+) -> dict[str, Any]:
+    """All there is to say about a merge, ready for JSON.
+
+    Args:
+        recipe: what was asked for.
+        base: the checkpoint of the start.
+        models: the checkpoints of the models by name.
+        leaves: what became of each leaf.
+        digests: path of a checkpoint -> file name -> SHA-256.
+        seconds: how long it took.
+    """
+
+    def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+        path = checkpoint.path
+        return {"path": str(path.resolve()), "sha256": dict(digests[path])}
+
+    return {
+        "recipe": recipe.text,
+        "method": recipe.method,
+        "options": {name: _plain(value) for name, value in recipe.options.items()},
+        "seed": recipe.seed,
+        "base": None if base is None else describe(base),
+        "models": [{"name": name, **describe(model)} for name, model in models.items()],
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {
+            "jaxmerge": jaxmerge.__version__,
+            **{package: version(package) for package in ("jax", "jaxlib", "numpy")},
+            "python": platform.python_version(),
+        },
+        "totals": {
+            "treatments": dict(Counter(leaf.treatment for leaf in leaves.values())),
+            "base_norm": _joint(leaf.base_norm for leaf in leaves.values()),
+            "task_vector_norm": _joint(
+                leaf.task_vector_norm for leaf in leaves.values()
+            ),
+            "seconds": round(seconds, 3),
+        },
+        "leaves": {name: leaf._asdict() for name, leaf in leaves.items()},
+    }
+
+
+def norm(array: np.ndarray, minus: np.ndarray | None = None) -> float:
+    """The Euclidean norm of `array`, or of `array - minus`, in float64.
+
+    It is finite if and only if all entries are (in float64: and below 1e150).
+
+    Example:
+        >>> norm(np.array([3.0, 5.0]), minus=np.array([0.0, 1.0]))
+        5.0
+    """
+    flat, total = array.reshape(-1), 0.0
+    with np.errstate(invalid="ignore", over="ignore"):
+        for start in range(0, flat.size, _BLOCK):
+            block = flat[start : start + _BLOCK].astype(np.float64)
+            if minus is not None:
+                block -= minus.reshape(-1)[start : start + _BLOCK].astype(np.float64)
+            total += float(block @ block)
+    return math.sqrt(total)
+
+
+def in_background(function: Callable[[], T]) -> "Future[T]":
+    """Runs `function` in a thread that does not keep the program from ending."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def _joint(norms: Iterable[float | None]) -> float | None:
+    """The norm of all leaves together, from the norms of each."""
+    known = [norm for norm in norms if norm is not None]
+    return math.hypot(*known) if known else None
+
+
+def _plain(option: Any) -> Any:
+    if isinstance(option, Mapping):
+        return {key: _plain(value) for key, value in option.items()}
+    if isinstance(option, list | tuple):
+        return [_plain(value) for value in option]
+    return option.tolist() if hasattr(option, "tolist") else option
