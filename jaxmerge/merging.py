@@ -15,8 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmerge.checkpoints import Checkpoint, CheckpointError, Writer
-from jaxmerge.checkpoints.files import REPORT_NAME
+from jaxmerge.checkpoints import REPORT_NAME, Checkpoint, CheckpointError, Writer
 from jaxmerge.planning import Inputs, MergeError, Step, open_inputs, plan_leaves
 from jaxmerge.recipes import Recipe
 from jaxmerge.registry import methods

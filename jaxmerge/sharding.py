@@ -259,23 +259,30 @@ def plan_spread(stack: Any, mesh: AnyMesh) -> Spread:
 
 
 def _known_spec(stack: Any, mesh: AnyMesh) -> PartitionSpec:
-    """The sharding of a stack, one entry per axis.
-
-    A tracer does not tell how it is sharded along `Auto` axes. Then the first step of
-    the path goes to a sharding over all devices that is one all-to-all from the usual
-    ones, so that the stack is never gathered on the way.
-    """
-    shape = np.shape(stack)
-    entries: list[Any] = [None] * len(shape)
+    """The sharding of a stack, one entry per axis."""
     if isinstance(stack, Tracer) and mesh.auto_axes:
-        first, *rest = mesh.axis_names
-        divides = len(shape) > 2 and shape[0] % mesh.shape[first] == 0
-        entries[0 if divides else -2] = first
-        entries[-1] = tuple(rest) or None
-    else:
-        spec = (of(stack) or jax.typeof(stack).sharding).spec
-        entries[: len(spec)] = spec
-    return PartitionSpec(*entries)
+        return _usual_spec(stack.shape, mesh)
+    spec = (of(stack) or jax.typeof(stack).sharding).spec
+    return PartitionSpec(*spec, *[None] * (stack.ndim - len(spec)))
+
+
+def _usual_spec(shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSpec:
+    """A guess where a tracer does not tell: how it is sharded along `Auto` axes.
+
+    Spread over all devices, and one all-to-all away from most shardings in use, so that
+    the stack is never gathered on its way.
+    """
+    names: list[list[str]] = [[] for _ in shape]
+
+    def divides(name: str, axis: int) -> bool:
+        return shape[axis] % math.prod(mesh.shape[n] for n in [*names[axis], name]) == 0
+
+    for i, name in enumerate(mesh.axis_names):
+        axes = (0, -2, -1) if i == 0 else (-1, -2, 0)
+        largest = max(axes, key=lambda axis: shape[axis])
+        fitting = (axis for axis in axes if divides(name, axis))
+        names[next(fitting, largest)].append(name)
+    return PartitionSpec(*(tuple(entry) or None for entry in names))
 
 
 def spread(stack: Array, plan: Spread) -> Array:

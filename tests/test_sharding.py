@@ -249,3 +249,25 @@ def test_spread_slices_copies_before_it_sends_anything(mesh):
         P("model", "data", None),
         P(("model", "data"), None, None),
     )
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [
+        ((12, 16, 8), P("data", None, "model")),
+        ((3, 16, 8), P(None, "data", "model")),
+        ((3, 1, 16), P(None, None, ("data", "model"))),
+        ((3, 16, 1), P(None, ("data", "model"), None)),
+        ((3, 7, 5), P(None, ("data", "model"), None)),
+        ((2, 3, 4, 8), P(None, None, "data", "model")),
+    ],
+    ids=str,
+)
+def test_spread_starts_from_all_devices_where_a_tracer_does_not_tell(shape, spec):
+    mesh = make_mesh(AxisType.Auto, AxisType.Auto)
+    plans = []
+    jax.eval_shape(
+        lambda x: plans.append(sharding.plan_spread(x, mesh)),
+        jax.ShapeDtypeStruct(shape, jnp.float32),
+    )
+    assert plans[0].spec == spec

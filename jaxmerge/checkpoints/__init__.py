@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxmerge.checkpoints.files import (
+    REPORT_NAME,
     convert_pickle_message,
     pickled_weights,
     require_weights,
@@ -26,6 +27,7 @@ from jaxmerge.checkpoints.writer import MAX_SHARD_BYTES, Writer
 
 __all__ = [
     "MAX_SHARD_BYTES",
+    "REPORT_NAME",
     "Checkpoint",
     "CheckpointError",
     "Index",

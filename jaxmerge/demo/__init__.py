@@ -1,0 +1,1 @@
+"""The main job on real input: fine-tune, merge, compare. See `jaxmerge demo`."""

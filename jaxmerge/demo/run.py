@@ -1,0 +1,227 @@
+"""`jaxmerge demo`: fine-tunes small models on real tasks, merges them, compares.
+
+The merges go the way of every user's merge: checkpoints on disk, a recipe file,
+`merge_checkpoints`. Every registered method gets a row, except those that cannot merge
+as many models as there are tasks.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import yaml
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from jaxmerge import checkpoints
+from jaxmerge.demo import training
+from jaxmerge.demo.model import ENCODER, Head, Params
+from jaxmerge.demo.tasks import TASKS, Splits, load_digits, task_data
+from jaxmerge.evaluation import ResultTable
+from jaxmerge.merging import merge_checkpoints
+from jaxmerge.recipes import load_recipe
+from jaxmerge.registry import Method, methods
+
+SCALES = tuple(round(0.1 * i, 1) for i in range(1, 21))
+"""The coefficients tried, on validation images, for methods that have one."""
+
+
+class Experiment(NamedTuple):
+    """What is merged and compared.
+
+    Attributes:
+        trained: the directory of the checkpoints.
+        seed: of the split, the training and random methods.
+        start: the shared, pretrained parameters.
+        tuned: the parameters fine-tuned on each task.
+        heads: each task's frozen head.
+        data: each task's images.
+    """
+
+    trained: Path
+    seed: int
+    start: Params
+    tuned: dict[str, Params]
+    heads: dict[str, Head]
+    data: dict[str, Splits]
+
+
+def main(out: str | os.PathLike[str], *, seed: int = 0) -> ResultTable:
+    """Trains what is not there yet, merges, prints a table and writes it.
+
+    Args:
+        out: directory for checkpoints, recipes, merged models, `table.md` and
+            `table.png`. Trained models found there are used again.
+        seed: fixes the split of the images, the training and random methods.
+
+    Returns:
+        Accuracies on test images, which no training and no choice has seen.
+    """
+    out = Path(out)
+    console = Console()
+    with Progress(console=console) as progress:
+        experiment = _train(out / "trained", seed, progress)
+        table = _merge_all(out, experiment, progress)
+    (out / "table.md").write_text(table.markdown() + "\n")
+    _draw(table, out / "table.png")
+    _show(console, table)
+    console.print(f"Models, recipes, table and picture are in {out}/")
+    return table
+
+
+def _train(directory: Path, seed: int, progress: Progress) -> Experiment:
+    # Models of other settings must not be taken for these.
+    settings = f"{training.SETTINGS}{ENCODER}".encode()
+    trained = directory / f"seed{seed}-{hashlib.sha256(settings).hexdigest()[:8]}"
+
+    def load(name: str, title: str, train: Callable[[training.Progress], Params]):
+        bar = progress.add_task(title, total=1.0)
+        if not (trained / name).exists():
+            params = train(lambda done, _: progress.update(bar, completed=done))
+            checkpoints.save(trained / name, params)
+        progress.update(bar, completed=1.0)
+        return jax.tree.map(jnp.asarray, checkpoints.load(trained / name))
+
+    digits = load_digits(seed)
+    start = load(
+        "start",
+        "pretraining",
+        lambda report: training.pretrain(
+            digits.train.images, seed=seed, progress=report
+        ),
+    )
+    tuned, heads, data = {}, {}, {}
+    for task in TASKS:
+        images = data[task.name] = task_data(task, digits)
+        head = heads[task.name] = training.make_head(start, images.train, task.classes)
+        tuned[task.name] = load(
+            task.name,
+            f"fine-tuning: {task.description}",
+            lambda report, images=images, head=head: training.fine_tune(
+                start, head, images.train, seed=seed, progress=report
+            ),
+        )
+    return Experiment(trained, seed, start, tuned, heads, data)
+
+
+def _merge_all(out: Path, experiment: Experiment, progress: Progress) -> ResultTable:
+    tuned = experiment.tuned
+    rows = {"start": _test(experiment, experiment.start)}
+    notes = {}
+    able = [m for m in methods().values() if (m.max_models or len(tuned)) >= len(tuned)]
+    bar = progress.add_task("merging", total=len(able))
+    for method in able:
+        options = {}
+        if "scale" in method.parameters:
+            options["scale"] = _best_scale(method, experiment)
+            notes[method.name] = f"{options['scale']:g}"
+        merged = _merge_as_recipe(out, method, experiment, options)
+        rows[method.name] = _test(experiment, merged)
+        progress.advance(bar)
+    individual = [_test(experiment, model)[i] for i, model in enumerate(tuned.values())]
+    ranked = sorted(rows.items(), key=lambda row: (row[0] != "start", row[1].mean()))
+    return ResultTable(list(tuned), individual, dict(ranked), notes)
+
+
+def _test(experiment: Experiment, params: Params) -> np.ndarray:
+    """The accuracy on each task's test images."""
+    return np.array(
+        [
+            training.accuracy(params, experiment.heads[name], *splits.test)
+            for name, splits in experiment.data.items()
+        ]
+    )
+
+
+_accuracies = jax.jit(jax.vmap(training.accuracy, in_axes=(0, None, None, None)))
+
+
+def _best_scale(method: Method, experiment: Experiment) -> float:
+    """The scale with the best mean accuracy on validation images, out of `SCALES`."""
+    options: dict[str, Any] = {}
+    if method.needs_key:
+        options = {"key": experiment.seed, "names": list(experiment.tuned)}
+
+    def merge(scale):
+        models = list(experiment.tuned.values())
+        return method.function(experiment.start, models, scale=scale, **options)
+
+    merged = jax.vmap(merge)(jnp.array(SCALES))
+    by_task = [
+        _accuracies(merged, experiment.heads[name], *splits.validation)
+        for name, splits in experiment.data.items()
+    ]
+    return SCALES[int(np.mean(by_task, axis=0).argmax())]
+
+
+def _merge_as_recipe(
+    out: Path, method: Method, experiment: Experiment, options: dict[str, Any]
+) -> Params:
+    """Merges the checkpoints with a recipe file, as a user would."""
+    recipes, merged = out / "recipes", out / "merged" / method.name
+    recipes.mkdir(parents=True, exist_ok=True)
+    trained = Path(os.path.relpath(experiment.trained, recipes))
+    recipe: dict[str, Any] = {"method": method.name}
+    if method.needs_base:
+        recipe["base"] = str(trained / "start")
+    recipe["models"] = [str(trained / name) for name in experiment.tuned]
+    if options:
+        recipe["options"] = options
+    if method.needs_key:
+        recipe["seed"] = experiment.seed
+    path = recipes / f"{method.name}.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    if (merged / checkpoints.REPORT_NAME).exists():
+        shutil.rmtree(merged)  # From an earlier run; it is about to be made again.
+    merge_checkpoints(load_recipe(path), merged)
+    return jax.tree.map(jnp.asarray, checkpoints.load(merged))
+
+
+def _show(console: Console, table: ResultTable) -> None:
+    header, *rows = table.cells()
+    # Eighty characters wide.
+    shown = Table(
+        title="Accuracy on test images, %",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
+    for i, title in enumerate(header):
+        shown.add_column(title, justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        shown.add_row(
+            *row, style="dim" if row[0] in ("start", "individual") else ""
+        )
+    console.print(shown)
+
+
+def _draw(table: ResultTable, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = {**table.rows, "individual": table.individual}
+    everything = table._replace(rows=rows)
+    figure = Figure(figsize=(7, 0.8 + 0.36 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    places = np.arange(len(rows))
+    means = [100 * everything.mean(name) for name in rows]
+    axes.barh(places, means, color="#9ecae1", height=0.7)
+    for i, task in enumerate(table.tasks):
+        values = [100 * row[i] for row in rows.values()]
+        axes.plot(values, places, "osD^vP*X"[i % 8], ms=4.5, label=task, alpha=0.85)
+    for place, mean in zip(places, means, strict=True):
+        axes.text(1, place, f"{mean:.1f}", va="center", fontsize=9)
+    axes.set_yticks(places, list(rows))
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("accuracy on test images, % (bar: mean)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    FigureCanvasAgg(figure).print_png(str(path))
