@@ -164,9 +164,12 @@ def _describe(method: "Method") -> None:
     needs = ["a base"] if method.needs_base else []
     needs += ["models" if models is None else f"at most {models} models"]
     needs += ["a seed"] if method.needs_key else []
+    needs += ["statistics of data"] if method.needs_statistics else []
     print(f"{method.name}: {method.summary}")
     print(f"{method.paper}, {method.link}")
     print(f"Needs {', '.join(needs)}.")
+    if method.scopes:
+        print(f"Works by {' or '.join(method.scopes)}.")
     rows = [
         (
             parameter.name,

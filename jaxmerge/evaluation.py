@@ -17,8 +17,8 @@ class ResultTable(NamedTuple):
     """
 
     tasks: Sequence[str]
-    individual: Sequence[float]
-    rows: Mapping[str, Sequence[float]]
+    individual: Sequence[float] | np.ndarray
+    rows: Mapping[str, Sequence[float] | np.ndarray]
     notes: Mapping[str, str] = {}
 
     def mean(self, name: str) -> float:
@@ -33,9 +33,7 @@ class ResultTable(NamedTuple):
         """The table as text: a header, a row per model, the individual models last."""
         noted = any(self.notes.values())
         header = ["model", *self.tasks, "mean", "normalised", *(["scale"] * noted)]
-        everything = self._replace(
-            rows={**self.rows, "individual": self.individual}
-        )
+        everything = self._replace(rows={**self.rows, "individual": self.individual})
         return [header] + [
             [
                 name,

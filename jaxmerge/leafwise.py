@@ -62,6 +62,7 @@ def merge_leaves(
     Returns:
         A tree like `base`, or like the first model without one: same dtypes, same
         shardings. Leaves that hold no floating-point numbers are copied from there.
+        NumPy leaves of float64 come back in float32, unless `jax_enable_x64` is on.
 
     Raises:
         ValueError: no models, trees that are not alike, or an invalid option.

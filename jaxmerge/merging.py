@@ -122,9 +122,8 @@ def _bind_method(recipe: Recipe) -> _Call:
 
 
 def _needs_whole_model(recipe: Recipe) -> bool:
-    scope = methods()[recipe.method].parameters.get("scope")
-    default = None if scope is None else scope.default
-    return recipe.options.get("scope", default) == "model"
+    scopes = methods()[recipe.method].scopes
+    return recipe.options.get("scope", next(iter(scopes), None)) == "model"
 
 
 def _try_on_shapes(

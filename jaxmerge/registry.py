@@ -10,7 +10,7 @@ import pkgutil
 import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -55,11 +55,30 @@ class Method(NamedTuple):
 
     @property
     def needs_base(self) -> bool:
-        return "base" in inspect.signature(self.function).parameters
+        """Whether it measures models from a common start."""
+        return self._takes("base")
 
     @property
     def needs_key(self) -> bool:
-        return "key" in inspect.signature(self.function).parameters
+        """Whether it draws at random."""
+        return self._takes("key")
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether it needs to know something of the data."""
+        return self._takes("statistics")
+
+    def _takes(self, name: str) -> bool:
+        return name in inspect.signature(self.function).parameters
+
+    @property
+    def scopes(self) -> tuple[str, ...]:
+        """What it can rank entries or measure angles within, the default first."""
+        scope = self.parameters.get("scope")
+        if scope is None:
+            return ()
+        known = get_args(get_type_hints(self.function)["scope"])
+        return tuple(sorted(known, key=lambda name: name != scope.default))
 
     @property
     def file(self) -> str:
@@ -116,4 +135,32 @@ def _described_arguments(docstring: str) -> dict[str, str]:
     entries = re.findall(
         r"^ {4}(\w+): (.*?)(?=^ {4}\w|\Z)", section[1], re.DOTALL | re.MULTILINE
     )
-    return {name: " ".join(text.split()) for name, text in entries}
+    return {name: _plain(" ".join(text.split())) for name, text in entries}
+
+
+_SYMBOLS = {
+    "lambda": "λ",
+    "tau": "τ",
+    "theta": "θ",
+    "rho": "ρ",
+    "epsilon": "ε",
+    "sum": "Σ",
+}
+
+
+def _plain(text: str) -> str:
+    """Formulas as a terminal can show them."""
+    text = re.sub(r"\\hat\\?", r"\\", text)
+    for name, symbol in _SYMBOLS.items():
+        text = text.replace(f"\\{name}", symbol)
+    return text.replace("$", "")
+
+
+def markdown_table() -> str:
+    """The methods as a Markdown table, as in the README."""
+    rows = [
+        f"| `{m.name}` | {m.summary} | [{m.paper}]({m.link}) | [{m.file}]({m.file}) |"
+        for m in methods().values()
+    ]
+    header = "| method | what it does | paper | file |"
+    return "\n".join([header, "|---|---|---|---|", *rows])

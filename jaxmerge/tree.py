@@ -84,9 +84,9 @@ def check_alike(
     """
     want = named_leaves(first)
     problems = [
-        f"{names[0]} leaf {path!r} is complex; merge real and imaginary parts apart"
+        f"{names[0]} leaf {path!r} is {_dtype(leaf)}, {_UNFIT[kind]}"
         for path, leaf in want.items()
-        if jnp.issubdtype(_dtype(leaf), jnp.complexfloating)
+        if (kind := _unfit_kind(_dtype(leaf)))
     ]
     for name, other in zip(names[1:], others, strict=True):
         got = named_leaves(other)
@@ -114,6 +114,20 @@ def check_alike(
             "the trees are not alike: " + "; ".join(sorted(problems)) + ". "
             "Drop, rename or reshape these leaves first (in a recipe: `take`)."
         )
+
+
+_UNFIT = {
+    "complex": "whose real and imaginary parts must be merged apart",
+    "narrow": "which means nothing without its scales; convert it to bfloat16 first",
+}
+
+
+def _unfit_kind(dtype: np.dtype) -> str | None:
+    """Why no method can merge numbers of this dtype, if so."""
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return "complex"
+    narrow = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 2
+    return "narrow" if narrow else None
 
 
 def _dtype(leaf: Any) -> np.dtype:

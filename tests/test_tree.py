@@ -56,9 +56,10 @@ def test_shapes_alone_are_enough_to_compare():
     check_alike(base, [{"a": np.zeros(2)}], names=["base", "model"])
 
 
-def test_complex_leaves_are_refused():
-    with pytest.raises(ValueError, match="'a' is complex"):
-        check_alike({"a": np.zeros(1, complex)}, [], names=["base"])
+@pytest.mark.parametrize("dtype", [np.complex64, jnp.float8_e4m3fn])
+def test_numbers_that_no_method_can_merge_are_refused(dtype):
+    with pytest.raises(ValueError, match=f"base leaf 'a' is {np.dtype(dtype)}, wh"):
+        check_alike({"a": np.zeros(1, dtype)}, [], names=["base"])
 
 
 def test_task_vector_of_bfloat16_keeps_small_updates():

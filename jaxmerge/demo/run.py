@@ -187,19 +187,16 @@ def _merge_as_recipe(
 
 def _show(console: Console, table: ResultTable) -> None:
     header, *rows = table.cells()
-    # Eighty characters wide.
     shown = Table(
         title="Accuracy on test images, %",
         box=box.SIMPLE_HEAD,
-        collapse_padding=True,
+        padding=(0, 1, 0, 0),  # So that it fits into eighty columns.
         pad_edge=False,
     )
     for i, title in enumerate(header):
         shown.add_column(title, justify="right" if i else "left", overflow="fold")
     for row in rows:
-        shown.add_row(
-            *row, style="dim" if row[0] in ("start", "individual") else ""
-        )
+        shown.add_row(*row, style="dim" if row[0] in ("start", "individual") else "")
     console.print(shown)
 
 
@@ -217,7 +214,7 @@ def _draw(table: ResultTable, path: Path) -> None:
     for i, task in enumerate(table.tasks):
         values = [100 * row[i] for row in rows.values()]
         axes.plot(values, places, "osD^vP*X"[i % 8], ms=4.5, label=task, alpha=0.85)
-    for place, mean in zip(places, means, strict=True):
+    for place, mean in enumerate(means):
         axes.text(1, place, f"{mean:.1f}", va="center", fontsize=9)
     axes.set_yticks(places, list(rows))
     axes.set_xlim(0, 100)

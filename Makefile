@@ -1,0 +1,23 @@
+# Sets up a virtual environment of its own; needs Python 3.11 or newer and PyPI.
+PYTHON ?= python3
+VENV = .venv
+
+.PHONY: demo test lint
+.DEFAULT_GOAL := test
+
+demo: $(VENV)/ready
+	$(VENV)/bin/jaxmerge demo
+
+test: $(VENV)/ready
+	$(VENV)/bin/python -m pytest -n 2
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright
+
+$(VENV)/ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; choose one with: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(VENV)/bin/pip install --quiet --editable '.[dev]'
+	touch $@
