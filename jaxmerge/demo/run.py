@@ -190,7 +190,7 @@ def _show(console: Console, table: ResultTable) -> None:
     shown = Table(
         title="Accuracy on test images, %",
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),  # So that it fits into eighty columns.
+        padding=0,  # So that it fits into eighty columns.
         pad_edge=False,
     )
     for i, title in enumerate(header):
