@@ -105,9 +105,9 @@ def model_stock(
 
     Example:
         >>> base = {"w": jnp.zeros(2)}
-        >>> models = [{"w": jnp.array([1.0, 0.0])}, {"w": jnp.array([1.0, 1.0])}]
-        >>> model_stock(base, models)["w"].round(3).tolist()
-        [0.828, 0.414]
+        >>> models = [{"w": jnp.array([3.0, 4.0])}, {"w": jnp.array([5.0, 0.0])}]
+        >>> print(model_stock(base, models)["w"])
+        [3.  1.5]
     """
     choice("model_stock", "angle", angle, ("mean_cosine", "mean_angle"))
     choice("model_stock", "scope", scope, ("leaf", "row"))

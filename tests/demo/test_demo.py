@@ -1,0 +1,55 @@
+"""The main job, in full: about two minutes on two cores."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+
+import jaxmerge
+from jaxmerge.demo import run, training
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("demo")
+
+
+@pytest.fixture(scope="module")
+def table(out):
+    return run.main(out)
+
+
+def test_merges_rank_as_the_literature_says(table):
+    individual = np.mean(table.individual)
+    start, average, arithmetic = (
+        table.mean(name) for name in ("start", "average", "task_arithmetic")
+    )
+    assert individual > 0.93
+    assert start + 0.03 < average <= arithmetic < individual - 0.03
+    assert start < individual - 0.2
+    assert average < table.mean("ties") < individual
+
+
+def test_every_method_that_can_merge_six_models_has_a_row(table):
+    able = {m.name for m in jaxmerge.methods().values() if m.max_models is None}
+    assert set(table.rows) == able | {"start"}
+    assert len(table.tasks) == 6
+
+
+def test_table_picture_recipes_and_reports_are_written(out, table):
+    assert (out / "table.md").read_text() == table.markdown() + "\n"
+    assert (out / "table.png").read_bytes().startswith(b"\x89PNG")
+    recipe = yaml.safe_load((out / "recipes" / "ties.yaml").read_text())
+    assert recipe["options"] == {"scale": float(table.notes["ties"])}
+    report = json.loads((out / "merged" / "ties" / "jaxmerge_report.json").read_text())
+    assert report["totals"]["treatments"].keys() == {"merged"}
+
+
+def test_a_second_run_trains_nothing_and_gives_the_same_table(out, table, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(training, "pretrain", never)
+    monkeypatch.setattr(training, "fine_tune", never)
+    assert run.main(out).markdown() == table.markdown()
