@@ -1,30 +1,39 @@
 """Merge fine-tuned models in JAX: pure functions over parameter pytrees."""
 
-from jaxmerge.checkpoints import load, open_checkpoint, save
-from jaxmerge.leafwise import task_vector
-from jaxmerge.linalg import map_matrices
-from jaxmerge.matrices import MatrixAxes, matrix_axes
-from jaxmerge.methods.arithmetic import magmax, task_arithmetic
-from jaxmerge.methods.averaging import average, model_stock
-from jaxmerge.methods.dropping import dare, della
-from jaxmerge.methods.spherical import slerp
-from jaxmerge.methods.trimming import breadcrumbs, ties
-from jaxmerge.registry import methods
-from jaxmerge.sharding import place
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxmerge.analysis import compare
+    from jaxmerge.checkpoints import load, open_checkpoint, save
+    from jaxmerge.leafwise import task_vector
+    from jaxmerge.linalg import map_matrices
+    from jaxmerge.matrices import MatrixAxes, matrix_axes
+    from jaxmerge.merging import merge_checkpoints
+    from jaxmerge.methods.arithmetic import magmax, task_arithmetic
+    from jaxmerge.methods.averaging import average, model_stock
+    from jaxmerge.methods.dropping import dare, della
+    from jaxmerge.methods.spherical import slerp
+    from jaxmerge.methods.trimming import breadcrumbs, ties
+    from jaxmerge.recipes import Recipe, load_recipe
+    from jaxmerge.sharding import place
 
 __version__ = "0.1.0"
 
 __all__ = [
     "MatrixAxes",
+    "Recipe",
     "average",
     "breadcrumbs",
+    "compare",
     "dare",
     "della",
     "load",
+    "load_recipe",
     "magmax",
     "map_matrices",
     "matrix_axes",
-    "methods",
+    "merge_checkpoints",
     "model_stock",
     "open_checkpoint",
     "place",
@@ -34,3 +43,32 @@ __all__ = [
     "task_vector",
     "ties",
 ]
+
+# Where the names above are at home. They are imported on first use, so that the command
+# line answers before JAX is loaded.
+_HOMES = {
+    "analysis": ["compare"],
+    "checkpoints": ["load", "open_checkpoint", "save"],
+    "leafwise": ["task_vector"],
+    "linalg": ["map_matrices"],
+    "matrices": ["MatrixAxes", "matrix_axes"],
+    "merging": ["merge_checkpoints"],
+    "methods.arithmetic": ["magmax", "task_arithmetic"],
+    "methods.averaging": ["average", "model_stock"],
+    "methods.dropping": ["dare", "della"],
+    "methods.spherical": ["slerp"],
+    "methods.trimming": ["breadcrumbs", "ties"],
+    "recipes": ["Recipe", "load_recipe"],
+    "sharding": ["place"],
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import csv
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: its words; by default those the program was called with.
 
     Returns:
-        The exit status: 0, or 1 for errors in what was asked for.
+        The exit status: 0; 1 for errors in what was asked for; 130 if interrupted.
     """
     arguments = _parser().parse_args(argv)
 
@@ -32,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         arguments.command(arguments)
+    except KeyboardInterrupt:
+        print("jaxmerge: interrupted; nothing was written", file=sys.stderr)
+        return 130
     except OSError as error:
         return _fail(_explain(error))
     except (RecipeError, CheckpointError, MergeError, _CommandError) as error:
@@ -101,8 +105,8 @@ def _merge(arguments: argparse.Namespace) -> None:
     print(f"Leaves: {leaves}.")
     if totals["base_norm"] is not None:
         print(
-            f"Norm of the merged task vector: {totals['task_vector_norm']:.4g}, "
-            f"of the base: {totals['base_norm']:.4g}."
+            f"Norm over merged leaves: {totals['task_vector_norm']:.4g} for the task "
+            f"vector, {totals['base_norm']:.4g} for the base."
         )
     print(f"Wrote {arguments.out} in {totals['seconds']:.1f} s.")
 
@@ -141,7 +145,7 @@ def _progress(console: "Console") -> Iterator[Callable[[int, int, str], None]]:
     with bar:
         task = bar.add_task("", name="")
         yield lambda done, total, name: bar.update(
-            task, completed=done, total=total, name=name
+            task, completed=done, total=total, name=name[-40:]
         )
 
 
@@ -176,8 +180,7 @@ def _describe(method: "Method") -> None:
             "required" if parameter.required else repr(parameter.default),
             parameter.description,
         )
-        for parameter in method.parameters.values()
-        if parameter.name not in ("key", "names")
+        for parameter in method.options.values()
     ]
     _print_table(["Option", "Default", "Meaning"], rows)
 
@@ -235,13 +238,15 @@ def _compare(arguments: argparse.Namespace) -> None:
         _write_csv(arguments.csv, result)
 
 
-_MEASURES = ("mean cos", "sign conflicts")
+_MEASURES = ("mean cos", "conflicts")
 
 
 def _short_names(paths: Sequence[str]) -> list[str]:
     """The last parts of paths; whole paths where these are not distinct."""
     from pathlib import Path
 
+    if len(set(paths)) < len(paths):
+        raise _CommandError("compare: a model is given twice")
     names = [Path(path).name for path in paths]
     return names if len(set(names)) == len(names) else list(paths)
 
@@ -249,6 +254,8 @@ def _short_names(paths: Sequence[str]) -> list[str]:
 def _row(name: str, part: "Statistics") -> list[str]:
     norms = [f"{norm:.4g}" for norm in part.norms]
     shares = [f"{_mean_cosine(part):.3f}", f"{part.sign_conflict:.1%}"]
+    if len(norms) == 1:
+        shares = ["-", "-"]  # There is nothing to agree with.
     return [name, f"{part.entries:,}", *norms, *shares]
 
 
@@ -261,7 +268,7 @@ def _mean_cosine(part: "Statistics") -> float:
 
 
 def _write_csv(path: str, result: "Comparison") -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with open(path, "x", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         norms = [f"norm {name}" for name in result.names]
         writer.writerow(["leaf", "entries", "base norm", *norms, *_MEASURES])
@@ -271,16 +278,22 @@ def _write_csv(path: str, result: "Comparison") -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from jaxmerge.demo import run
+    try:
+        from jaxmerge.demo import run
 
-    run.main(arguments.out, seed=arguments.seed)
+        run.main(arguments.out, seed=arguments.seed)
+    except ModuleNotFoundError as error:
+        raise _CommandError(
+            f"the demo needs {error.name}; install it with: "
+            'pip install "jaxmerge[demo]"'
+        ) from error
 
 
 def _console() -> "Console":
     from rich.console import Console
 
     # Where no terminal sets a width, rich would break lines at 80 characters.
-    width = None if sys.stdout.isatty() else 200
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200
     return Console(width=width, highlight=False, markup=False)
 
 

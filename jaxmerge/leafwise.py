@@ -2,8 +2,8 @@
 
 A method says what happens to one leaf: a list of float32 arrays, one per model.
 Everything else happens here, once for all methods: the check that trees are alike,
-stacked layers, dtypes, randomness, compilation (once per leaf shape, never per tree)
-and whatever mesh the arrays live on.
+stacked layers, dtypes, randomness, compilation (once per leaf shape) and whatever mesh
+the arrays live on.
 """
 
 import functools
@@ -27,16 +27,20 @@ Rows = Callable[[Leaf], tuple[int, ...]]
 """The axes of a leaf that number the rows of a matrix; none where it is no matrix."""
 
 
+ABSENT: Any = object()
+"""Stands for an argument that a method has not got, which None would not show."""
+
+
 def merge_leaves(
     kernel: Kernel,
     models: Sequence[Params],
     options: Callable[[Leaf], dict[str, Any]],
     *,
     method: str,
-    base: Params | None = None,
+    base: Params = ABSENT,
     stack_axes: PerLeaf = 0,
     rows: Rows | None = None,
-    key: Array | int | None = None,
+    key: Any = ABSENT,
     names: Sequence[str] | None = None,
     **choices: Any,
 ) -> Params:
@@ -70,7 +74,7 @@ def merge_leaves(
     calls = _leaf_calls(models, options, method, base, stack_axes, rows, key, names)
     static = {"kernel": kernel, "choices": tuple(sorted(choices.items()))}
     merged = {path: _merge_leaf(*call, **static) for path, call in calls.items()}
-    like = models[0] if base is None else base
+    like = models[0] if base is ABSENT else base
     return rebuild(like, named_leaves(like) | merged)
 
 
@@ -80,7 +84,7 @@ def measure_leaves(
     options: Callable[[Leaf], dict[str, Any]],
     *,
     method: str,
-    base: Params | None = None,
+    base: Params = ABSENT,
     **choices: Any,
 ) -> dict[str, Any]:
     """What a method must know of the whole model before it merges the first leaf.
@@ -93,20 +97,29 @@ def measure_leaves(
     """
     calls = _leaf_calls(models, options, method, base)
     static = {"kernel": kernel, "choices": tuple(sorted(choices.items()))}
-    return {path: _measure_leaf(*call, **static) for path, call in calls.items()}
+    return {
+        path: _measure_leaf(call.base, call.models, call.numbers, **static)
+        for path, call in calls.items()
+    }
 
 
-def check_models(method: str, base: Params | None, models: Sequence[Params]) -> None:
+def check_models(method: str, base: Params, models: Sequence[Params]) -> None:
     """Checks that there are models, and that they are like `base` or each other.
 
     Raises:
         ValueError: they are not; the message starts with `method`.
     """
+    if not isinstance(models, Sequence):
+        raise ValueError(
+            f"{method}: models is a {type(models).__name__}; give a list of trees."
+        )
     if not models:
         raise ValueError(f"{method}: needs at least one model.")
+    if base is None:
+        raise ValueError(f"{method}: needs a base, the start of all models, not None.")
     names = [f"models[{i}]" for i in range(len(models))]
     try:
-        if base is None:
+        if base is ABSENT:
             check_alike(models[0], models[1:], names=names)
         else:
             check_alike(base, models, names=["base", *names])
@@ -129,28 +142,29 @@ def _leaf_calls(
     models: Sequence[Params],
     options: Callable[[Leaf], dict[str, Any]],
     method: str,
-    base: Params | None,
+    base: Params,
     stack_axes: PerLeaf = 0,
     rows: Rows | None = None,
-    key: Array | int | None = None,
+    key: Any = ABSENT,
     names: Sequence[str] | None = None,
 ) -> dict[str, _Call]:
     check_models(method, base, models)
+    key = None if key is ABSENT else _as_key(method, key)
     names = names or [str(i) for i in range(len(models))]
-    if len(set(names)) != len(models):
+    if isinstance(names, str) or len(set(names)) != len(models):
         raise ValueError(
             f"{method}: names are {list(names)} for {len(models)} models; "
             "give one distinct name per model."
         )
     by_model = [named_leaves(model) for model in models]
     calls = {}
-    for path, like in named_leaves(models[0] if base is None else base).items():
+    for path, like in named_leaves(models[0] if base is ABSENT else base).items():
         if not is_float(like):
             continue
         leaf = Leaf(method, path, np.shape(like), len(models))
         leaf = leaf._replace(units=_units(leaf, stack_axes, rows))
         calls[path] = _Call(
-            base=None if base is None else like,
+            base=None if base is ABSENT else like,
             models=[sharding.join(model[path], like) for model in by_model],
             keys=None if key is None else leaf_keys(key, path, names),
             numbers=options(leaf),
@@ -162,17 +176,31 @@ def _leaf_calls(
 
 def _units(leaf: Leaf, stack_axes: PerLeaf, rows: Rows | None) -> tuple[int, ...]:
     within = f"[0, {len(leaf.shape)}]"
-    stacked = int(per_leaf(leaf, "stack_axes", stack_axes, within, static=True))
-    units = tuple(range(stacked))
-    return units if rows is None else units + rows(leaf)
+    stacked = per_leaf(leaf, "stack_axes", stack_axes, within, static=True)
+    if stacked != int(stacked):
+        raise ValueError(f"{leaf.method}: stack_axes is {stacked}, not a whole number.")
+    units = tuple(range(int(stacked)))
+    return units if rows is None else units + rows(leaf._replace(units=units))
 
 
-def leaf_keys(key: Array | int, path: str, names: Sequence[str]) -> list[Array]:
+def leaf_keys(key: Array, path: str, names: Sequence[str]) -> list[Array]:
     """One random key per model for the leaf at `path`."""
-    if isinstance(key, int):
-        key = jax.random.key(key)
     key = jax.random.fold_in(key, zlib.crc32(path.encode()))
     return [jax.random.fold_in(key, zlib.crc32(name.encode())) for name in names]
+
+
+def _as_key(method: str, key: Any) -> Array:
+    """A random key from a key, a key of the old kind (uint32[2]), or a seed."""
+    if isinstance(key, jax.Array) and key.ndim <= 1:
+        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            return key
+        if jnp.issubdtype(key.dtype, jnp.integer):
+            return jax.random.wrap_key_data(key) if key.ndim else jax.random.key(key)
+    if isinstance(key, int | np.integer) and 0 <= key < 2**32:
+        return jax.random.key(int(key))
+    raise ValueError(
+        f"{method}: key is {key!r}; give a jax.random.key, or a seed in [0, 2**32)."
+    )
 
 
 @functools.partial(
@@ -193,10 +221,8 @@ def _merge_leaf(base, models, keys, numbers, units, target, *, kernel, choices):
     return sharding.keep(merged, target)
 
 
-@functools.partial(
-    jax.jit, static_argnums=(4, 5), static_argnames=("kernel", "choices")
-)
-def _measure_leaf(base, models, keys, numbers, units, target, *, kernel, choices):
+@functools.partial(jax.jit, static_argnames=("kernel", "choices"))
+def _measure_leaf(base, models, numbers, *, kernel, choices):
     def measure(base, models, numbers):
         arrays = _arrays(base, models, _wide(models[0].dtype))
         return kernel(arrays, **numbers, **dict(choices))
@@ -253,7 +279,8 @@ def task_vector(base: Params, model: Params) -> Params:
         [0.5, 0.0]
     """
     check_alike(base, [model], names=["base", "model"])
-    return jax.tree.map(_difference, base, rebuild(base, named_leaves(model)))
+    model = rebuild(base, named_leaves(model))
+    return jax.tree.map(lambda b, m: _difference(b, sharding.join(m, b)), base, model)
 
 
 @jax.jit

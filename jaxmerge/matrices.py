@@ -141,13 +141,14 @@ def leaf_axes(
     if pattern is None:
         raise ValueError(
             f"No rule says which axes of leaf {path!r} of shape {shape} are inputs "
-            f"and which are outputs. {_remedy(path, stacked)}"
+            f"and which are outputs. {_remedy(path, rank, stacked)}"
         )
     letters = _letters(pattern, rank)
     if letters is None:
         raise ValueError(
             f"The pattern {pattern!r} for leaf {path!r} of shape {shape} does not have "
-            f"one letter i, o or e for each of {rank} axes. {_remedy(path, stacked)}"
+            f"one letter i, o or e for each of {rank} axes. "
+            f"{_remedy(path, rank, stacked)}"
         )
     axes = [(axis, letter) for axis, letter in enumerate(letters, start=stacked)]
     return MatrixAxes(
@@ -174,7 +175,10 @@ def row_axes(
         try:
             axes = leaf_axes(leaf.path, leaf.shape, rules, len(leaf.units))
         except ValueError as error:
-            raise ValueError(f"{leaf.method}: {error}") from None
+            raise ValueError(
+                f"{leaf.method}: {error} Such rules are the option `matrices`; "
+                "scope='leaf' needs none."
+            ) from None
         if axes.is_matrix:
             return axes.outputs
         in_use = (*axes.stack, *axes.inputs, *axes.outputs)
@@ -261,10 +265,11 @@ def _letters(pattern: str, rank: int) -> str | None:
     return pattern if len(pattern) == rank else None
 
 
-def _remedy(path: str, stacked: int) -> str:
+def _remedy(path: str, rank: int, stacked: int) -> str:
     stack = f" (after {stacked} stacked)" if stacked else ""
+    example = "i" * (rank - 1) + "o"
     return (
-        f"Give a rule such as {{{re.escape(path)!r}: 'io'}} with one letter per "
+        f"Give a rule such as {{{re.escape(path)!r}: {example!r}}} with one letter per "
         f"axis{stack}: i for input, o for output, e for rows that are looked up; and "
         "declare leading axes that stack layers in stack_axes."
     )

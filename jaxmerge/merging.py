@@ -4,6 +4,7 @@ Everything that can be known from names, shapes and options is checked before th
 value is read, and the output appears whole or not at all.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from jaxmerge.planning import Inputs, MergeError, Step, open_inputs, plan_leaves
 from jaxmerge.recipes import Recipe
 from jaxmerge.registry import methods
 from jaxmerge.reports import LeafReport, in_background, merge_report, norm
+from jaxmerge.tree import is_float
 
 Progress = Callable[[int, int, str], None]
 """Called with the bytes written so far, those of the whole output, and the leaf."""
@@ -69,7 +71,8 @@ def merge_checkpoints(
         )
     inputs = open_inputs(recipe)
     steps = plan_leaves(recipe, inputs)
-    call = _bind_method(recipe)
+    method = methods()[recipe.method]
+    call = method.bind(recipe.options, recipe.seed, list(recipe.models))
     _try_on_shapes(recipe, inputs, steps, call)
     sidecars = _sidecars(recipe, inputs)
 
@@ -109,23 +112,6 @@ _Call = Callable[[Any, list[Any]], dict[str, Any]]
 """A merge method with all its options: from base and models to the merged leaves."""
 
 
-def _bind_method(recipe: Recipe) -> _Call:
-    method = methods()[recipe.method]
-    options = dict(recipe.options)
-    if "key" in method.parameters:
-        options["key"] = recipe.seed
-    if "names" in method.parameters:
-        options["names"] = list(recipe.models)
-    if method.needs_base:
-        return lambda base, models: method.function(base, models, **options)
-    return lambda base, models: method.function(models, **options)
-
-
-def _needs_whole_model(recipe: Recipe) -> bool:
-    scopes = methods()[recipe.method].scopes
-    return recipe.options.get("scope", next(iter(scopes), None)) == "model"
-
-
 def _try_on_shapes(
     recipe: Recipe, inputs: Inputs, steps: Mapping[str, Step], call: _Call
 ) -> None:
@@ -155,35 +141,49 @@ def _arrays_out(
     """Yields the name, the values and the norms of every leaf to write."""
     for name, step in steps.items():
         if step.treatment not in ("merged", "skipped"):
-            yield name, _round(name, step.source.read(name), step.out.dtype), {}
+            array = step.source.read(name)
+            _check_finite(recipe, inputs, name, [array])
+            yield name, _round(name, array, step.out.dtype), {}
 
     names = _names(steps, "merged")
-    groups = [names] if _needs_whole_model(recipe) else [[name] for name in names]
-    for group in groups:
-        merged = _merge_group(inputs, group, recipe.dtype, call)
+    whole = methods()[recipe.method].needs_whole_model(recipe.options)
+    for group in [names] if whole else [[name] for name in names]:
+        merged = _merge_group(recipe, inputs, group, call)
         for name in group:
             array = np.asarray(merged.pop(name))
-            if not math.isfinite(norm(array)):
-                raise MergeError(_explain_not_finite(recipe, inputs, name))
+            _check_finite(recipe, inputs, name, [array])
             array = _round(name, array, steps[name].out.dtype)
             yield name, array, _norms(inputs, name, array)
 
 
+def _check_finite(
+    recipe: Recipe, inputs: Inputs, name: str, arrays: Sequence[np.ndarray]
+) -> None:
+    if any(is_float(array) and not math.isfinite(norm(array)) for array in arrays):
+        raise MergeError(_explain_not_finite(recipe, inputs, name))
+
+
 def _merge_group(
-    inputs: Inputs, names: Sequence[str], dtype: str | None, call: _Call
+    recipe: Recipe, inputs: Inputs, names: Sequence[str], call: _Call
 ) -> dict[str, Any]:
     def read(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
         return {name: checkpoint.read(name) for name in names}
 
     base = None if inputs.base is None else read(inputs.base)
     models = [read(model) for model in inputs.models.values()]
-    like = models[0] if base is None else base
-    if dtype is not None:
+    everyone = models if base is None else [base, *models]
+    for name in names:
+        # Methods that compare magnitudes would drop a NaN without a trace.
+        _check_finite(recipe, inputs, name, [leaves[name] for leaves in everyone])
+    like = everyone[0]
+    if recipe.dtype is not None:
         # The result has the dtype of these leaves and must not be rounded twice.
         for name, leaf in like.items():
             wide = np.promote_types(leaf.dtype, np.float32)
-            like[name] = leaf if leaf.dtype == dtype else leaf.astype(wide)
-    return call(base, models)
+            like[name] = leaf if leaf.dtype == recipe.dtype else leaf.astype(wide)
+    wide = any(leaf.dtype == np.float64 for leaf in like.values())
+    with jax.enable_x64(True) if wide else contextlib.nullcontext():
+        return jax.device_get(call(base, models))
 
 
 def _round(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -216,8 +216,8 @@ def _explain_not_finite(recipe: Recipe, inputs: Inputs, name: str) -> str:
         if kinds:
             counts.append(f"{label} has {', '.join(kinds)}")
     reason = (
-        f"{'; '.join(counts)}. Repair the checkpoint, leave the model out, or add a "
-        "rule for the leaf under `take`."
+        f"{'; '.join(counts)}. Repair the checkpoint, leave the model out, or take "
+        "the leaf from a checkpoint where it is finite, with a rule under `take`."
         if counts
         else f"all inputs are finite, so the options of {recipe.method} are too large."
     )

@@ -16,7 +16,7 @@ LOW_BITS = 8
 
 
 class Count(NamedTuple):
-    """The integer `high * 2**8 + low`, exact to 2**40 where 64-bit integers are off."""
+    """The integer `high * 2**8 + low`, exact below 2**40 without 64-bit integers."""
 
     high: Any
     low: Any
@@ -39,7 +39,7 @@ def _carry(high: Array, low: Array) -> Count:
 
 
 def count(mask: Array) -> Count:
-    """How many entries of a boolean array are true, for arrays of up to 2**40 entries.
+    """How many entries of a boolean array are true; exact below 2**40.
 
     Raises:
         ValueError: an axis longer than 2**24 in an array of 2**32 entries or more.
@@ -96,11 +96,11 @@ def kth_magnitude(tree: Any, k: int | Count) -> Array:
         2.0
     """
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
-    if isinstance(k, int):
+    if not isinstance(k, Count):
         size = sum(leaf.size for leaf in leaves)
         if not 1 <= k <= size:
             raise ValueError(f"kth_magnitude: k is {k}, the tree has {size} entries.")
-        k = Count.of(k)
+        k = Count.of(int(k))
     dtype = jnp.result_type(*leaves)
     bits = [magnitude_bits(leaf.astype(dtype)) for leaf in leaves]
     magnitude_width = bits[0].dtype.itemsize * 8 - 1
@@ -141,4 +141,6 @@ def norm(x: Array) -> Array:
     """Euclidean norm over all axes; scaled so that no square over- or underflows."""
     largest = jnp.max(jnp.abs(x), initial=0)
     scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-    return scale * jnp.sqrt(jnp.sum(jnp.square(x / scale)))
+    total = jnp.sum(jnp.square(x / scale))
+    # The slope of a square root at zero is infinite.
+    return scale * jnp.where(total == 0, 0, jnp.sqrt(jnp.where(total == 0, 1, total)))

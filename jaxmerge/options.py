@@ -4,6 +4,7 @@ Options are checked from metadata alone, before any arithmetic.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -87,6 +88,8 @@ def per_leaf(
                 "pass a Python number (under jit: a static argument)."
             )
         return option
+    if not math.isfinite(option):
+        raise ValueError(f"{_option_of(leaf, name)} is {float(option)}, not finite.")
     if within and not _inside(float(option), within):
         raise ValueError(
             f"{_option_of(leaf, name)} is {float(option):g}; it must be in {within}."
@@ -103,7 +106,12 @@ def per_model(
     if _is_number(option) or isinstance(option, str):
         value = per_leaf(leaf, name, option, within, static)  # type: ignore[arg-type]
         return [value] * leaf.models
-    values = list(option)  # type: ignore[arg-type]
+    if not isinstance(option, Sequence | np.ndarray | jax.Array):
+        raise ValueError(
+            f"{_option_of(leaf, name)} is {option!r}; it must be a number, one per "
+            "model, or rules from leaf paths."
+        )
+    values = list(option)
     if len(values) != leaf.models:
         raise ValueError(
             f"{_option_of(leaf, name)} has {len(values)} values "
@@ -121,7 +129,7 @@ def choice(method: str, name: str, value: Any, choices: Sequence[Any]) -> None:
     Raises:
         ValueError: it is not.
     """
-    if value not in choices:
+    if not any(value is known or value == known for known in choices):
         raise ValueError(
             f"{method}: {name} is {value!r}; it must be one of "
             + ", ".join(repr(c) for c in choices)
@@ -129,8 +137,28 @@ def choice(method: str, name: str, value: Any, choices: Sequence[Any]) -> None:
         )
 
 
+def without_effect(
+    method: str, name: str, value: Any, default: Any, needs: str
+) -> None:
+    """Checks that an option that has no effect was left alone.
+
+    Raises:
+        ValueError: it was not; the message says what it `needs` to have an effect.
+    """
+    if value != default:
+        raise ValueError(
+            f"{method}: {name} has no effect without {needs}; leave {name} out, or "
+            f"set {needs}."
+        )
+
+
 def _is_number(option: Any) -> bool:
-    return not isinstance(option, Sequence | Mapping) and np.ndim(option) == 0
+    kinds = (int, float, np.number, np.ndarray, jax.Array)
+    return (
+        isinstance(option, kinds)
+        and np.ndim(option) == 0
+        and not isinstance(option, bool)
+    )
 
 
 def _rule(leaf: Leaf, name: str, rules: Mapping[str, Any]) -> Any:

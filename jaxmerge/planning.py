@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxmerge.checkpoints import Checkpoint, LeafInfo, open_checkpoint
-from jaxmerge.recipes import Recipe
+from jaxmerge.recipes import Recipe, rules_in
 from jaxmerge.tree import first_match, is_float
 
 _SHOWN = 20
@@ -123,10 +123,9 @@ def _taken(take: Mapping[str, str], name: str) -> str | None:
 
 def _check_rules(recipe: Recipe, names: Collection[str]) -> None:
     """Checks that every rule matches a leaf: one that does not is likely a typo."""
-    rules = {"take": recipe.take} | {
-        f"option {option}": value
+    rules = {"take": list(recipe.take)} | {
+        f"option {option}": list(rules_in(value))
         for option, value in recipe.options.items()
-        if isinstance(value, Mapping)
     }
     for where, patterns in rules.items():
         for pattern in patterns:

@@ -51,7 +51,12 @@ _KEYS = (
     *("method", "base", "models", "options"),
     *("seed", "dtype", "take", "max_shard_size"),
 )
-_FILLED_IN = ("key", "names")  # Parameters of methods that no recipe sets.
+_MERGEKIT_KEYS = {
+    "base_model": "base",
+    "merge_method": "method",
+    "out_dtype": "dtype",
+    "parameters": "options",
+}
 _IN_WORDS = {
     bool: "true or false",
     float: "a number",
@@ -163,7 +168,10 @@ def _fields(
 ) -> dict[str, Any]:
     """The fields of `Recipe`, without those that are missing or of a wrong type."""
     for key in recipe.keys() - set(_KEYS):
-        problems.append(((key,), unknown("key", key, _KEYS)))
+        message = unknown("key", key, _KEYS)
+        if key in _MERGEKIT_KEYS:
+            message = f"unknown key {key!r}; here it is called {_MERGEKIT_KEYS[key]!r}"
+        problems.append(((key,), message))
     for key in ("method", "models"):
         if key not in recipe:
             problems.append(((), f"the key {key!r} is missing"))
@@ -298,11 +306,7 @@ def _method_problems(method: Method, fields: Mapping[str, Any]) -> Iterator[_Mis
 
 def _option_problems(method: Method, fields: Mapping[str, Any]) -> Iterator[_Misplaced]:
     options = fields.get("options", {})
-    allowed = {
-        name: parameter
-        for name, parameter in method.parameters.items()
-        if name not in _FILLED_IN
-    }
+    allowed = method.options
     for name, parameter in allowed.items():
         if parameter.required and name not in options:
             yield ("options",), f"method {method.name} needs the option {name!r}"
@@ -315,12 +319,21 @@ def _option_problems(method: Method, fields: Mapping[str, Any]) -> Iterator[_Mis
         elif not _fits(value, hints[name]):
             expected = _expected(hints[name])
             yield place, f"option {name!r} is {value!r}; it must be {expected}"
-        elif isinstance(value, Mapping):
-            for pattern in value:
-                yield from _pattern_problems((*place, pattern), pattern)
-        elif isinstance(value, list | tuple) and len(value) != (models or len(value)):
+        for pattern in rules_in(value):
+            yield from _pattern_problems((*place, pattern), pattern)
+        if isinstance(value, list | tuple) and len(value) != (models or len(value)):
             message = f"option {name!r} has {len(value)} values for {models} models"
             yield place, f"{message}; give one number or one per model"
+
+
+def rules_in(option: Any) -> Iterator[str]:
+    """The patterns of all rules in the value of an option, also those per model."""
+    if isinstance(option, Mapping):
+        yield from option
+        option = list(option.values())
+    if isinstance(option, list | tuple):
+        for value in option:
+            yield from rules_in(value)
 
 
 def _pattern_problems(place: Place, pattern: str) -> Iterator[_Misplaced]:

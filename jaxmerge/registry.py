@@ -4,11 +4,12 @@ A method registers once, by decorator; parameters, defaults and descriptions are
 off its signature and docstring, so there is nothing to keep in step.
 """
 
+import functools
 import importlib
 import inspect
 import pkgutil
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 
@@ -38,6 +39,7 @@ class Method(NamedTuple):
         identity: the options at which a single model comes back as it is.
         symmetric: whether the order of the models is without effect.
         max_models: the largest number of models, None for any number.
+        gathers: whether entries that are sharded must come together for it.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Method(NamedTuple):
     identity: Mapping[str, Any]
     symmetric: bool
     max_models: int | None
+    gathers: bool
 
     @property
     def summary(self) -> str:
@@ -86,8 +89,32 @@ class Method(NamedTuple):
         return self.function.__module__.replace(".", "/") + ".py"
 
     @property
+    def options(self) -> dict[str, Parameter]:
+        """The parameters that a recipe sets."""
+        filled_in = ("key", "names")
+        return {n: p for n, p in self.parameters.items() if n not in filled_in}
+
+    def bind(self, options: Mapping[str, Any], seed: int, names: Sequence[str]) -> Any:
+        """The method as `function(base, models)`, whatever parameters it has.
+
+        Args:
+            options: keyword parameters, those that `options` lists.
+            seed: for methods that draw at random.
+            names: what such methods know the models by.
+        """
+        drawn = {"key": seed, "names": list(names)} if self.needs_key else {}
+        if self.needs_base:
+            return functools.partial(self.function, **options, **drawn)
+        return lambda base, models: self.function(models, **options, **drawn)
+
+    def needs_whole_model(self, options: Mapping[str, Any]) -> bool:
+        """Whether no leaf can be merged before all leaves are known."""
+        default = next(iter(self.scopes), None)
+        return options.get("scope", default) == "model"
+
+    @property
     def parameters(self) -> dict[str, Parameter]:
-        """The options, in the order of the signature."""
+        """All keyword parameters, in the order of the signature."""
         described = _described_arguments(inspect.getdoc(self.function) or "")
         return {
             name: Parameter(name, parameter.default, described.get(name, ""))
@@ -106,13 +133,14 @@ def register(
     identity: Mapping[str, Any] | None = None,
     symmetric: bool = True,
     max_models: int | None = None,
+    gathers: bool = False,
 ) -> Callable[[F], F]:
     """Registers the decorated function as a merge method under its own name."""
 
     def add(function: F) -> F:
         name = function.__name__
         _METHODS[name] = Method(
-            name, function, paper, link, identity or {}, symmetric, max_models
+            name, function, paper, link, identity or {}, symmetric, max_models, gathers
         )
         return function
 

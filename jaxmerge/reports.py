@@ -15,6 +15,7 @@ import numpy as np
 import jaxmerge
 from jaxmerge.checkpoints import Checkpoint
 from jaxmerge.recipes import Recipe
+from jaxmerge.registry import methods
 
 T = TypeVar("T")
 
@@ -51,7 +52,7 @@ def merge_report(
     """All there is to say about a merge, ready for JSON.
 
     Args:
-        recipe: what was asked for.
+        recipe: what was asked for; its text is None if it was built in Python.
         base: the checkpoint of the start.
         models: the checkpoints of the models by name.
         leaves: what became of each leaf.
@@ -63,11 +64,16 @@ def merge_report(
         path = checkpoint.path
         return {"path": str(path.resolve()), "sha256": dict(digests[path])}
 
+    defaults = methods()[recipe.method].options
+    options = {n: p.default for n, p in defaults.items()} | dict(recipe.options)
     return {
-        "recipe": recipe.text,
+        "recipe": recipe.text or None,
         "method": recipe.method,
-        "options": {name: _plain(value) for name, value in recipe.options.items()},
+        "options": {name: _plain(value) for name, value in options.items()},
         "seed": recipe.seed,
+        "dtype": recipe.dtype,
+        "take": dict(recipe.take),
+        "max_shard_bytes": recipe.max_shard_bytes,
         "base": None if base is None else describe(base),
         "models": [{"name": name, **describe(model)} for name, model in models.items()],
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

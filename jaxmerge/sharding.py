@@ -148,6 +148,9 @@ def shardings(
             axis that the mesh does not divide.
     """
     rules = {".*": PartitionSpec()} if rules is None else rules
+    for pattern, spec in rules.items():
+        if not isinstance(spec, PartitionSpec):
+            raise ValueError(f"the rule {pattern!r} is {spec!r}, not a PartitionSpec.")
     specs, problems = {}, []
     for path, leaf in named_leaves(params).items():
         try:

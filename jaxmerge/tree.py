@@ -55,13 +55,20 @@ def first_match(rules: Mapping[str, T], path: str) -> T:
 
     Raises:
         KeyError: no rule matches.
+        ValueError: a rule before that is no regular expression.
 
     Example:
         >>> first_match({".*/bias": 0, ".*": 1}, "mlp/bias")
         0
     """
     for pattern, value in rules.items():
-        if re.fullmatch(pattern, path):
+        try:
+            matches = re.fullmatch(pattern, path)
+        except re.error as error:
+            raise ValueError(
+                f"{pattern!r} is no valid regular expression: {error}"
+            ) from None
+        if matches:
             return value
     raise KeyError(path)
 
@@ -82,6 +89,8 @@ def check_alike(
     Raises:
         ValueError: lists every leaf that differs.
     """
+    for name, tree in zip(names, (first, *others), strict=True):
+        _check_arrays(name, tree)
     want = named_leaves(first)
     problems = [
         f"{names[0]} leaf {path!r} is {_dtype(leaf)}, {_UNFIT[kind]}"
@@ -114,6 +123,18 @@ def check_alike(
             "the trees are not alike: " + "; ".join(sorted(problems)) + ". "
             "Drop, rename or reshape these leaves first (in a recipe: `take`)."
         )
+
+
+def _check_arrays(name: str, tree: Params) -> None:
+    """Raises if a tree is not one of arrays: a path, say, or a module."""
+    leaves = named_leaves(tree)
+    for path, leaf in leaves.items():
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, int | float | complex):
+            what = f"{name} leaf {path!r}" if path else name
+            raise ValueError(
+                f"{what} is a {type(leaf).__name__}, not an array; load checkpoints "
+                "first, for example with jaxmerge.load(path)."
+            )
 
 
 _UNFIT = {

@@ -13,6 +13,7 @@ import yaml
 import jaxmerge
 from jaxmerge.checkpoints import save, writer
 from jaxmerge.cli import main
+from jaxmerge.registry import methods
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_merge_equals_the_method_in_memory(runs, capsys):
     for name, leaf in expected.items():
         np.testing.assert_array_equal(out[name], leaf)
     assert "Leaves: 2 merged.\n" in printed.out
-    assert re.search(r"Norm of the merged task vector: \d", printed.out)
+    assert re.search(r"Norm over merged leaves: \d", printed.out)
     assert "Wrote out in" in printed.out
     assert "120 bytes of 120 bytes" in printed.out
     assert printed.err == ""
@@ -131,10 +132,11 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"{jaxmerge.__version__}\n"
 
 
-def test_methods(capsys):
+def test_methods(capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
     assert main(["methods"]) == 0
     printed = capsys.readouterr().out
-    for name, method in jaxmerge.methods().items():
+    for name, method in methods().items():
         row = next(line for line in printed.splitlines() if line.split()[:1] == [name])
         assert method.summary in row
         assert method.paper in row
@@ -186,6 +188,57 @@ def test_compare(runs, capsys):
     assert {row["leaf"] for row in rows} == base.keys()
     total = np.hypot(*(float(row["norm math"]) for row in rows))
     assert total == pytest.approx(norms[0], rel=1e-5)
+
+
+def test_compare_one_model_or_one_twice(runs, capsys):
+    assert main(["compare", "base", "math"]) == 0
+    assert "nan" not in capsys.readouterr().out
+    assert "given twice" in fail(capsys, "compare", "base", "math", "math")
+
+
+def test_compare_replaces_no_file(runs, capsys):
+    (runs / "mine.csv").write_text("mine")
+    message = fail(capsys, "compare", "base", "math", "code", "--csv", "mine.csv")
+    assert "mine.csv: File exists" in message
+    assert (runs / "mine.csv").read_text() == "mine"
+
+
+def test_names_of_files_are_no_names_for_directories(runs, capsys):
+    message = fail(capsys, "merge", write_recipe(runs), "out.safetensors")
+    assert "is a name for a file" in message
+    assert "choose 'out'" in message
+
+
+def test_words_of_mergekit_are_translated(runs, capsys):
+    path = write_recipe(runs, base_model="base")
+    assert "here it is called 'base'" in fail(capsys, "merge", path, "out")
+
+
+def test_interruption_leaves_nothing(runs, capsys, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writer.Writer, "write", interrupt)
+    assert main(["merge", write_recipe(runs), "out"]) == 130
+    assert "nothing was written" in capsys.readouterr().err
+    assert not [path for path in runs.iterdir() if "out" in path.name]
+
+
+def test_the_demo_says_what_to_install(runs, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    for module in ("run", "tasks", "training"):
+        monkeypatch.delitem(sys.modules, f"jaxmerge.demo.{module}", raising=False)
+    monkeypatch.delattr("jaxmerge.demo.run", raising=False)
+    message = fail(capsys, "demo")
+    assert "the demo needs sklearn" in message
+    assert "jaxmerge[demo]" in message
+
+
+def test_the_demo_spares_directories_of_others(runs, capsys):
+    (runs / "mine").mkdir()
+    (runs / "mine" / "notes.txt").write_text("mine")
+    assert "choose a new directory" in fail(capsys, "demo", "--out", "mine")
+    assert [path.name for path in (runs / "mine").iterdir()] == ["notes.txt"]
 
 
 def test_compare_models_of_one_name(runs, capsys):

@@ -13,7 +13,7 @@ import jaxmerge
 from jaxmerge.checkpoints import CheckpointError, open_checkpoint, save, writer
 from jaxmerge.merging import merge_checkpoints
 from jaxmerge.planning import MergeError
-from jaxmerge.recipes import Recipe
+from jaxmerge.recipes import Recipe, RecipeError
 from jaxmerge.registry import methods
 
 NAMES = ("math", "code")
@@ -129,7 +129,8 @@ def test_report(runs, trees):
     report = merge_checkpoints(recipe, runs / "out")
     assert json.loads((runs / "out/jaxmerge_report.json").read_text()) == report
     assert report["method"] == "task_arithmetic"
-    assert report["options"] == {"weights": [1.0, 0.0]}
+    effective = {"weights": [1.0, 0.0], "scale": 1.0, "normalize": False}
+    assert report["options"] == effective
     assert report["versions"]["jax"] == jax.__version__
     assert report["versions"]["jaxmerge"] == jaxmerge.__version__
     content = (runs / "code/model.safetensors").read_bytes()
@@ -340,6 +341,54 @@ def test_an_input_that_is_not_finite(runs, trees):
     ):
         merge_checkpoints(recipe_for(runs), runs / "out")
     assert_nothing_left(runs)
+
+
+EVERY_METHOD = sorted(methods())
+
+
+@pytest.mark.parametrize("method", EVERY_METHOD)
+@pytest.mark.parametrize("where", [0, slice(None)], ids=["one", "all"])
+def test_no_method_lets_a_nan_disappear(runs, trees, method, where):
+    trees["math"]["layer_1"]["kernel"].reshape(-1)[where] = np.nan
+    replace(runs, "math", trees["math"])
+    with pytest.raises(MergeError, match=r"'layer_1/kernel'.*\(math\) has \d+ NaN"):
+        merge_checkpoints(recipe_for(runs, method), runs / "out")
+    assert_nothing_left(runs)
+
+
+def test_leaves_that_are_taken_must_be_finite_too(runs, trees):
+    trees["math"]["layer_1"]["kernel"][0, 0] = np.nan
+    replace(runs, "math", trees["math"])
+    take = {"layer_1/kernel": "first"}
+    with pytest.raises(MergeError, match=r"\(math\) has 1 NaN"):
+        merge_checkpoints(recipe_for(runs, take=take), runs / "out")
+    assert_nothing_left(runs)
+    merge_checkpoints(recipe_for(runs, take={"layer_1/kernel": "base"}), runs / "out")
+
+
+def test_float64_checkpoints_are_merged_in_float64(runs, trees):
+    for name in trees:
+        trees[name] = jax.tree.map(np.float64, trees[name])
+    trees["math"]["layer_0"]["bias"] += 1e-12
+    for name, tree in trees.items():
+        replace(runs, name, tree)
+    recipe = recipe_for(runs, "average", options={"weights": [1, 3]})
+    merge_checkpoints(recipe, runs / "out")
+    want = (trees["math"]["layer_0"]["bias"] + 3 * trees["code"]["layer_0"]["bias"]) / 4
+    got = jaxmerge.load(runs / "out")["layer_0"]["bias"]
+    assert got.dtype == np.float64
+    np.testing.assert_allclose(got, want, rtol=1e-14)
+
+
+def test_rules_of_each_model_are_checked(runs):
+    weights = [{".*": 1.0}, {"layer_9.*": 0.5, ".*": 1.0}]
+    recipe = recipe_for(runs, options={"weights": weights})
+    with pytest.raises(
+        MergeError, match=r"option weights: the rule 'layer_9\.\*' matches"
+    ):
+        merge_checkpoints(recipe, runs / "out")
+    with pytest.raises(RecipeError, match="no valid regular expression"):
+        recipe_for(runs, options={"weights": [{"(": 1.0}, 1.0]})
 
 
 def test_options_that_overflow(runs):

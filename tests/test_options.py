@@ -39,7 +39,7 @@ def test_traced_numbers_pass_unless_they_set_a_count():
     [
         (1.5, r"density of leaf 'mlp/kernel' is 1.5; it must be in \(0, 1\]"),
         (0, r"is 0; it must be in \(0, 1\]"),
-        (float("nan"), r"is nan; it must be in"),
+        (float("nan"), "is nan, not finite"),
         ([0.1, 2.0], r"density\[1\] of leaf 'mlp/kernel' is 2"),
         ([0.1], "has 1 values for 2 models"),
         ({"head/.*": 0.1}, "no rule matches the whole path; end the rules with"),

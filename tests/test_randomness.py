@@ -8,8 +8,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jaxmerge
+from jaxmerge.registry import methods
 
-RANDOM = [m for m in jaxmerge.methods().values() if m.needs_key]
+RANDOM = [m for m in methods().values() if m.needs_key]
 every_random_method = pytest.mark.parametrize(
     "method", RANDOM, ids=[m.name for m in RANDOM]
 )

@@ -1,11 +1,11 @@
 import inspect
 
-import jaxmerge
 from jaxmerge import registry
+from jaxmerge.registry import methods
 
 
 def test_methods_describe_themselves():
-    ties = jaxmerge.methods()["ties"]
+    ties = methods()["ties"]
     assert ties.needs_base
     assert not ties.needs_key
     assert not ties.needs_statistics
@@ -14,13 +14,13 @@ def test_methods_describe_themselves():
     density = ties.parameters["density"]
     assert density.default == 0.2
     assert density.description.startswith("the share of entries kept, in (0, 1]")
-    assert jaxmerge.methods()["dare"].parameters["key"].required
-    assert jaxmerge.methods()["slerp"].max_models == 2
-    assert not jaxmerge.methods()["slerp"].needs_base
+    assert methods()["dare"].parameters["key"].required
+    assert methods()["slerp"].max_models == 2
+    assert not methods()["slerp"].needs_base
 
 
 def test_descriptions_are_plain_text():
-    for method in jaxmerge.methods().values():
+    for method in methods().values():
         for parameter in method.parameters.values():
             assert not set(parameter.description) & set("$\\\n")
 

@@ -98,7 +98,8 @@ def save(
 
     Args:
         path: the directory to create; it must not exist.
-        params: pytree of NumPy or JAX arrays, whole on this process. Leaves are named
+        params: pytree of NumPy or JAX arrays, whole on this process, written as they
+            are, NaN and infinity included. Leaves are named
             by their path joined with "/": "encoder/layer_0/kernel"; list items by
             their number. `load` gives nested dicts back.
         max_shard_bytes: values per file, see `Writer`.
@@ -117,7 +118,13 @@ def save(
         >>> load(path)["dense"]["bias"].tolist()
         [0.0, 0.0, 0.0]
     """
+    if not isinstance(path, str | os.PathLike):
+        raise CheckpointError(
+            f"save: path is a {type(path).__name__}; call it as save(path, params)."
+        )
     leaves = flatten(params)
+    if not leaves:
+        raise CheckpointError(f"There are no leaves to save to {path}.")
     infos = {name: _describe(name, leaf) for name, leaf in leaves.items()}
     with Writer(path, infos, max_shard_bytes, metadata) as writer:
         for sidecar in sidecars:

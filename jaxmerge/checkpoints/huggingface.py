@@ -62,7 +62,7 @@ def open_directory(path: Path) -> HuggingFaceDirectory:
 def _find_single_file(directory: Path) -> Path:
     if (directory / WEIGHTS_NAME).is_file():
         return directory / WEIGHTS_NAME
-    candidates = sorted(directory.glob("*.safetensors"))
+    candidates = sorted(p for p in directory.glob("*.safetensors") if p.is_file())
     if len(candidates) == 1:
         return candidates[0]
     if candidates:

@@ -59,6 +59,11 @@ class Writer:
     ):
         self.path = Path(out_dir).absolute()
         self._refuse_existing()
+        if self.path.suffix in (".safetensors", ".msgpack", ".bin"):
+            raise CheckpointError(
+                f"{self.path} is a name for a file, but a checkpoint is written as a "
+                f"directory; choose {self.path.stem!r}, for example."
+            )
         if max_shard_bytes < 1:
             raise CheckpointError(
                 f"max_shard_bytes is {max_shard_bytes}; it must be positive."

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import yaml
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
@@ -64,8 +66,16 @@ def main(out: str | os.PathLike[str], *, seed: int = 0) -> ResultTable:
 
     Returns:
         Accuracies on test images, which no training and no choice has seen.
+
+    Raises:
+        FileExistsError: `out` holds something else than an earlier run.
     """
     out = Path(out)
+    if out.exists() and any(out.iterdir()) and not (out / "trained").is_dir():
+        raise FileExistsError(
+            f"{out} holds something else than an earlier run of the demo; "
+            "choose a new directory."
+        )
     console = Console()
     with Progress(console=console) as progress:
         experiment = _train(out / "trained", seed, progress)
@@ -116,11 +126,11 @@ def _merge_all(out: Path, experiment: Experiment, progress: Progress) -> ResultT
     tuned = experiment.tuned
     rows = {"start": _test(experiment, experiment.start)}
     notes = {}
-    able = [m for m in methods().values() if (m.max_models or len(tuned)) >= len(tuned)]
+    able = [method for method in methods().values() if _can_merge(method, len(tuned))]
     bar = progress.add_task("merging", total=len(able))
     for method in able:
         options = {}
-        if "scale" in method.parameters:
+        if "scale" in method.options:
             options["scale"] = _best_scale(method, experiment)
             notes[method.name] = f"{options['scale']:g}"
         merged = _merge_as_recipe(out, method, experiment, options)
@@ -129,6 +139,12 @@ def _merge_all(out: Path, experiment: Experiment, progress: Progress) -> ResultT
     individual = [_test(experiment, model)[i] for i, model in enumerate(tuned.values())]
     ranked = sorted(rows.items(), key=lambda row: (row[0] != "start", row[1].mean()))
     return ResultTable(list(tuned), individual, dict(ranked), notes)
+
+
+def _can_merge(method: Method, models: int) -> bool:
+    """Whether a method merges that many models with nothing but what is known here."""
+    asks_more = any(option.required for option in method.options.values())
+    return (method.max_models or models) >= models and not asks_more
 
 
 def _test(experiment: Experiment, params: Params) -> np.ndarray:
@@ -146,13 +162,11 @@ _accuracies = jax.jit(jax.vmap(training.accuracy, in_axes=(0, None, None, None))
 
 def _best_scale(method: Method, experiment: Experiment) -> float:
     """The scale with the best mean accuracy on validation images, out of `SCALES`."""
-    options: dict[str, Any] = {}
-    if method.needs_key:
-        options = {"key": experiment.seed, "names": list(experiment.tuned)}
+    models = list(experiment.tuned.values())
 
     def merge(scale):
-        models = list(experiment.tuned.values())
-        return method.function(experiment.start, models, scale=scale, **options)
+        call = method.bind({"scale": scale}, experiment.seed, list(experiment.tuned))
+        return call(experiment.start, models)
 
     merged = jax.vmap(merge)(jnp.array(SCALES))
     by_task = [
@@ -201,9 +215,6 @@ def _show(console: Console, table: ResultTable) -> None:
 
 
 def _draw(table: ResultTable, path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = {**table.rows, "individual": table.individual}
     everything = table._replace(rows=rows)
     figure = Figure(figsize=(7, 0.8 + 0.36 * len(rows)), layout="constrained")

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from sklearn import datasets
 
 TRAIN_FRACTION = 0.5
 VALIDATION_FRACTION = 0.2
@@ -97,17 +98,7 @@ def load_digits(seed: int = 0) -> Splits:
 
     Returns:
         Half of the images to train on, a fifth for validation, the rest for the test.
-
-    Raises:
-        ModuleNotFoundError: scikit-learn, which carries the scans, is not installed.
     """
-    try:
-        from sklearn import datasets
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "the demo takes its images from scikit-learn, which is not installed; "
-            'install it with: pip install "jaxmerge[demo]"'
-        ) from error
     pixels, digits = datasets.load_digits(return_X_y=True)
     images = (pixels.reshape(-1, 8, 8) / 16).astype(np.float32)
     order = np.random.default_rng(seed).permutation(len(images))

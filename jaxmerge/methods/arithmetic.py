@@ -4,15 +4,16 @@ Ilharco et al., "Editing Models with Task Arithmetic", ICLR 2023, arXiv:2212.040
 Marczak et al., "MagMax", ECCV 2024, arXiv:2407.06322.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import Array
 
 from jaxmerge.leafwise import merge_leaves
-from jaxmerge.methods.election import weighted_sum
+from jaxmerge.methods.election import larger, weighted_sum
 from jaxmerge.numerics import safe_divide
-from jaxmerge.options import Leaf, PerLeaf, PerModel, per_leaf, per_model
+from jaxmerge.options import Leaf, PerLeaf, PerModel, choice, per_leaf, per_model
 from jaxmerge.registry import register
 from jaxmerge.tree import Params
 
@@ -53,6 +54,8 @@ def task_arithmetic(
         >>> task_arithmetic(base, models, scale=0.5)["w"].tolist()
         [0.5, 3.0]
     """
+
+    choice("task_arithmetic", "normalize", normalize, (False, True))
 
     def options(leaf: Leaf) -> dict:
         return {
@@ -117,7 +120,4 @@ def magmax(base: Params, models: Sequence[Params], *, scale: PerLeaf = 1.0) -> P
 
 
 def _largest(deltas: Sequence[Array], *, scale: Array) -> Array:
-    largest = deltas[0]
-    for delta in deltas[1:]:
-        largest = jnp.where(jnp.abs(delta) >= jnp.abs(largest), delta, largest)
-    return scale * largest
+    return scale * functools.reduce(larger, deltas)

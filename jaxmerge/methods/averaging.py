@@ -15,7 +15,14 @@ from jaxmerge.leafwise import merge_leaves
 from jaxmerge.matrices import row_axes
 from jaxmerge.methods.election import weighted_sum
 from jaxmerge.numerics import norm, safe_divide
-from jaxmerge.options import Leaf, PerLeaf, PerModel, choice, per_model
+from jaxmerge.options import (
+    Leaf,
+    PerLeaf,
+    PerModel,
+    choice,
+    per_model,
+    without_effect,
+)
 from jaxmerge.registry import register
 from jaxmerge.tree import Params
 
@@ -48,6 +55,8 @@ def average(
         >>> average(models, weights=[1, 3])["w"].tolist()
         [0.75, 0.75]
     """
+
+    choice("average", "normalize", normalize, (False, True))
 
     def options(leaf: Leaf) -> dict:
         return {"weights": per_model(leaf, "weights", weights)}
@@ -110,7 +119,10 @@ def model_stock(
         [3.  1.5]
     """
     choice("model_stock", "angle", angle, ("mean_cosine", "mean_angle"))
+    choice("model_stock", "clip", clip, (False, True))
     choice("model_stock", "scope", scope, ("leaf", "row"))
+    if scope == "leaf":
+        without_effect("model_stock", "matrices", matrices, None, "scope='row'")
     return merge_leaves(
         _stock,
         models,

@@ -32,6 +32,7 @@ from jaxmerge.options import (
     choice,
     per_leaf,
     per_model,
+    without_effect,
 )
 from jaxmerge.registry import register
 from jaxmerge.tree import Params
@@ -83,9 +84,10 @@ def dare(
         elect: whether to elect signs as `ties` does, instead of adding everything.
         vote: with `elect`, as in `ties`.
         tie: with `elect`, as in `ties`.
-        aggregate: with `elect`, as in `ties`; the default adds up, as mergekit does;
-            the authors take the mean.
-        divisor: with `elect`, as in `ties`.
+        aggregate: as in `ties`; without `elect` of all entries. The default adds up, as
+            mergekit does; with `elect` the authors take the mean, after a trim as in
+            `ties`, which is not done here.
+        divisor: what a mean divides by, as in `ties`.
         names: the names that the models are drawn by; by default "0", "1", ...
         stack_axes: how many leading axes of a leaf stack independent layers; a number
             or rules. Each layer draws from its own key.
@@ -102,7 +104,8 @@ def dare(
         [0.0, 2.0]
     """
     choice("dare", "rescale", rescale, (None, "inverse", "l1"))
-    election = Election(vote, tie, aggregate, divisor).checked("dare")
+    choice("dare", "elect", elect, (False, True))
+    election = Election(vote, tie, aggregate, divisor).checked("dare", elect)
 
     def options(leaf: Leaf) -> dict:
         return {
@@ -121,7 +124,8 @@ def dare(
         key=key,
         names=names,
         rescale=rescale,
-        election=election if elect else None,
+        election=election,
+        elect=elect,
     )
 
 
@@ -133,18 +137,19 @@ def _dare(
     scale: Array,
     density: Sequence,
     rescale: Rescale,
-    election: Election | None,
+    election: Election,
+    elect: bool,
 ) -> Array:
     thinned = [
         drop(key, delta, share, rescale)
         for key, delta, share in zip(keys, deltas, density, strict=True)
     ]
-    return scale * merge_thinned(thinned, weights, election)
+    return scale * merge_thinned(thinned, weights, election, elect)
 
 
 def drop(key: Array, delta: Array, keep: Array | float, rescale: Rescale) -> Array:
     """Keeps each entry with probability `keep`, a scalar or one per entry."""
-    kept = jnp.where(jax.random.uniform(key, delta.shape) < keep, delta, 0)
+    kept = jnp.where(jax.random.uniform(key, delta.shape, jnp.float32) < keep, delta, 0)
     if rescale == "inverse":
         return kept / keep
     return match_l1(kept, delta) if rescale == "l1" else kept
@@ -155,6 +160,7 @@ def drop(key: Array, delta: Array, keep: Array | float, rescale: Rescale) -> Arr
     link="https://arxiv.org/abs/2406.11617",
     identity={"density": 1.0},
     symmetric=False,
+    gathers=True,
 )
 def della(
     base: Params,
@@ -200,8 +206,8 @@ def della(
         elect: whether to elect signs as `ties` does, instead of adding everything.
         vote: with `elect`, as in `ties`.
         tie: with `elect`, as in `ties`.
-        aggregate: with `elect`, as in `ties`.
-        divisor: with `elect`, as in `ties`.
+        aggregate: as in `ties`; without `elect` of all entries.
+        divisor: what a mean divides by, as in `ties`.
         names: the names that the models are drawn by; by default "0", "1", ...
         matrices: with `scope="row"`, axis patterns of leaves by path, before the
             presets of `jaxmerge.matrices`.
@@ -221,7 +227,10 @@ def della(
     """
     choice("della", "rescale", rescale, (None, "inverse", "l1"))
     choice("della", "scope", scope, ("leaf", "row"))
-    election = Election(vote, tie, aggregate, divisor).checked("della")
+    choice("della", "elect", elect, (False, True))
+    election = Election(vote, tie, aggregate, divisor).checked("della", elect)
+    if scope == "leaf":
+        without_effect("della", "matrices", matrices, None, "scope='row'")
     rows_of = row_axes(matrices)
 
     def options(leaf: Leaf) -> dict:
@@ -249,7 +258,8 @@ def della(
         key=key,
         names=names,
         rescale=rescale,
-        election=election if elect else None,
+        election=election,
+        elect=elect,
     )
 
 
@@ -274,13 +284,14 @@ def _della(
     ranges: Sequence,
     rows: Static,
     rescale: Rescale,
-    election: Election | None,
+    election: Election,
+    elect: bool,
 ) -> Array:
     thinned = [
         drop(key, delta, keep_probabilities(delta, low, high, rows.value), rescale)
         for key, delta, (low, high) in zip(keys, deltas, ranges, strict=True)
     ]
-    return scale * merge_thinned(thinned, weights, election)
+    return scale * merge_thinned(thinned, weights, election, elect)
 
 
 def keep_probabilities(

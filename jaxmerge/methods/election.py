@@ -3,6 +3,7 @@
 The steps that TIES introduced and that DARE, DELLA and breadcrumbs reuse.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxmerge.numerics import Count, count, safe_divide
-from jaxmerge.options import choice
+from jaxmerge.options import choice, without_effect
 
 Vote = Literal["weighted", "mass", "count"]
 Tie = Literal["drop", "positive", "negative", "majority"]
@@ -30,7 +31,8 @@ class Election(NamedTuple):
             that of `delta_t`.
         tie: the sign where the sum is exactly zero: `"drop"` none, the entry stays at
             the base; `"positive"` (mergekit); `"negative"`; `"majority"`, the sign that
-            more of the other entries elected (the authors' code).
+            more of the other entries elected, negative if equally many did (the
+            authors' code).
         aggregate: `"mean"`, `"sum"` or `"max"` (by magnitude) of the agreeing
             `w_t * delta_t`.
         divisor: what a mean divides by: `"weights"`, the agreeing `abs(w_t)` summed;
@@ -43,14 +45,19 @@ class Election(NamedTuple):
     aggregate: Aggregate = "mean"
     divisor: Divisor = "weights"
 
-    def checked(self, method: str) -> "Election":
+    def checked(self, method: str, elect: bool = True) -> "Election":
         """Itself.
 
         Raises:
-            ValueError: a choice is unknown; the message starts with `method`.
+            ValueError: a choice is unknown, or has no effect as nothing is elected;
+                the message starts with `method`.
         """
         for name, known in self.__annotations__.items():
             choice(method, name, getattr(self, name), get_args(known))
+        if not elect:
+            for name, default in (("vote", "weighted"), ("tie", "drop")):
+                without_effect(method, name, getattr(self, name), default, "elect=True")
+            choice(method, "aggregate without elect", self.aggregate, ("mean", "sum"))
         return self
 
 
@@ -88,13 +95,28 @@ def merge_elected(
     agree = [(jnp.sign(v) == signs) & (v != 0) for v in voters]
     kept = [jnp.where(a, s, 0) for a, s in zip(agree, scaled, strict=True)]
     if election.aggregate == "max":
-        return signs * jnp.stack([jnp.abs(k) for k in kept]).max(0)
+        return functools.reduce(larger, kept)
+    return _aggregate(kept, agree, weights, election)
+
+
+def larger(a: Array, b: Array) -> Array:
+    """The entry of larger magnitude; of equal ones that of `b`."""
+    return jnp.where(jnp.abs(b) >= jnp.abs(a), b, a)
+
+
+def _aggregate(
+    kept: Sequence[Array],
+    counted: Sequence[Array],
+    weights: Sequence[Array],
+    election: Election,
+) -> Array:
+    """The sum of weighted deltas, or their mean over the ones that are counted."""
     total: Array = sum(kept)  # type: ignore
     if election.aggregate == "sum":
         return total
     of = {"weights": jnp.abs, "signed_weights": jnp.asarray, "count": jnp.ones_like}
     share = of[election.divisor]
-    divisor = sum(a * share(w) for a, w in zip(agree, weights, strict=True))
+    divisor = sum(c * share(w) for c, w in zip(counted, weights, strict=True))
     return safe_divide(total, divisor, total)  # type: ignore
 
 
@@ -115,20 +137,19 @@ def sign_counts(sums: Array) -> tuple[Count, Count]:
 
 
 def majority_sign(counts: tuple[Count, Count]) -> Array:
-    """1, 0 or -1 as more, as many or fewer entries are positive than negative."""
+    """1 if more entries are positive than negative, else -1."""
     positive, negative = counts
-    return (positive >= negative).astype(jnp.int32) - (negative >= positive).astype(
-        jnp.int32
-    )
+    return jnp.where(negative >= positive, -1, 1)
 
 
 def merge_thinned(
-    deltas: Sequence[Array], weights: Sequence[Array], election: Election | None
+    deltas: Sequence[Array], weights: Sequence[Array], election: Election, elect: bool
 ) -> Array:
     """Combines task vectors of which entries were dropped: elected, or all of them."""
-    if election is None:
-        return weighted_sum(deltas, weights)
-    return merge_elected(deltas, weights, election)
+    if elect:
+        return merge_elected(deltas, weights, election)
+    scaled = [w * d for w, d in zip(weights, deltas, strict=True)]
+    return _aggregate(scaled, [jnp.ones(())] * len(deltas), weights, election)
 
 
 def match_l1(thinned: Array, delta: Array) -> Array:

@@ -30,7 +30,15 @@ from jaxmerge.methods.election import (
     votes,
 )
 from jaxmerge.numerics import Count, entries, kth_magnitude
-from jaxmerge.options import Leaf, PerLeaf, PerModel, choice, per_leaf, per_model
+from jaxmerge.options import (
+    Leaf,
+    PerLeaf,
+    PerModel,
+    choice,
+    per_leaf,
+    per_model,
+    without_effect,
+)
 from jaxmerge.registry import register
 from jaxmerge.tree import Params
 
@@ -81,7 +89,8 @@ def ties(
             (mergekit), `"mass"` $\hat\tau_t$ (the paper), `"count"` signs.
         tie: the sign where that sum is exactly zero: `"drop"` none, the entry stays at
             the base; `"positive"` (mergekit), `"negative"`, or `"majority"`, the sign
-            that most entries in the scope elected (the authors' code).
+            that most entries in the scope elected, negative if equally many elected
+            either (the authors' code).
         aggregate: `"mean"`, `"sum"` or `"max"` (by magnitude) of the agreeing
             $w_t\hat\tau_t$.
         divisor: what a mean divides by: `"weights"`, the agreeing $|w_t|$;
@@ -89,7 +98,7 @@ def ties(
             the merged sign); `"count"`, how many agree (the paper).
         rescale: `"l1"` scales each trimmed leaf back to its L1 norm before trimming.
         stack_axes: how many leading axes of a leaf stack independent layers; a number
-            or rules. Each layer is trimmed alone.
+            or rules. Each layer is trimmed alone, so it needs `scope="leaf"`.
 
     Returns:
         A pytree like `base`, in its dtypes and shardings; arithmetic is in float32.
@@ -108,18 +117,20 @@ def ties(
     choice("ties", "rescale", rescale, (None, "l1"))
     election = Election(vote, tie, aggregate, divisor).checked("ties")
     check_models("ties", base, models)
-    rounding = rounding or ("floor" if scope == "leaf" else "floor_plus_one")
-    thresholds = (
-        _model_thresholds(base, models, density, rounding) if scope == "model" else None
-    )
+    thresholds = None
+    if scope == "model":
+        without_effect("ties", "stack_axes", stack_axes, 0, "scope='leaf'")
+        thresholds = _model_thresholds(
+            base, models, density, rounding or "floor_plus_one"
+        )
 
     def options(leaf: Leaf) -> dict:
+        numbers: dict[str, Any] = {"weights": per_model(leaf, "weights", weights)}
+        if thresholds is not None:
+            return numbers | {"thresholds": thresholds}
         shares = per_model(leaf, "density", density, "(0, 1]", static=True)
-        return {
-            "weights": per_model(leaf, "weights", weights),
-            "keep": [_kept(share, leaf.size, rounding) for share in shares],
-            "thresholds": thresholds,
-        }
+        keep = [_kept(share, leaf.size, rounding or "floor") for share in shares]
+        return numbers | {"keep": keep}
 
     common: dict[str, Any] = {
         "base": base,
@@ -130,7 +141,9 @@ def ties(
     majority = None
     if scope == "model" and tie == "majority":
         counts = measure_leaves(_trimmed_sign_counts, models, options, **common)
-        majority = majority_sign(functools.reduce(_add_counts, counts.values()))
+        majority = majority_sign(
+            functools.reduce(_add_counts, counts.values(), _NO_SIGNS)
+        )
 
     def all_options(leaf: Leaf) -> dict:
         own = {"scale": per_leaf(leaf, "scale", scale), "majority": majority}
@@ -158,16 +171,19 @@ def _kept(density: float, size: int, rounding: str) -> Count | None:
 def _model_thresholds(
     base: Params, models: Sequence[Params], density: PerModel, rounding: str
 ) -> list[Array]:
-    whole = Leaf("ties", "(whole model)", (), len(models))
+    if isinstance(density, Mapping):
+        raise ValueError(
+            "ties: density has rules by leaf, but scope='model' ranks all leaves "
+            "together; give one number, or one per model."
+        )
+    whole = Leaf("ties", "(all)", (), len(models))
+    shares = per_model(whole, "density", density, "(0, 1]", static=True)
     thresholds = []
-    for share, model in zip(
-        per_model(whole, "density", density, "(0, 1]", static=True), models, strict=True
-    ):
+    for share, model in zip(shares, models, strict=True):
         delta = task_vector(base, model)
         size = sum(leaf.size for leaf in jax.tree.leaves(delta))
-        thresholds.append(
-            _kth_magnitude(delta, Count.of(entries(share, size, rounding=rounding)))
-        )
+        keep = Count.of(entries(share, size, rounding=rounding))
+        thresholds.append(_kth_magnitude(delta, keep) if size else jnp.zeros(()))
     return thresholds
 
 
@@ -175,14 +191,14 @@ _kth_magnitude = jax.jit(kth_magnitude)
 
 
 def _trim_all(
-    deltas: Sequence[Array], keep: Sequence, thresholds: Sequence | None, rescale: Any
+    deltas: Sequence[Array],
+    keep: Sequence | None,
+    thresholds: Sequence | None,
+    rescale: Any,
 ) -> list[Array]:
-    trimmed = [
-        trim(*of_model)
-        for of_model in zip(
-            deltas, keep, thresholds or [None] * len(deltas), strict=True
-        )
-    ]
+    nothing = [None] * len(deltas)
+    cuts = zip(deltas, keep or nothing, thresholds or nothing, strict=True)
+    trimmed = [trim(delta, count, threshold) for delta, count, threshold in cuts]
     if rescale == "l1":
         return [match_l1(t, d) for t, d in zip(trimmed, deltas, strict=True)]
     return trimmed
@@ -192,13 +208,15 @@ def _trimmed_sign_counts(
     deltas: Sequence[Array],
     *,
     weights: Sequence,
-    keep: Sequence,
-    thresholds: Sequence | None,
+    thresholds: Sequence,
     rescale: Any,
     election: Election,
 ) -> tuple[Count, Count]:
-    trimmed = _trim_all(deltas, keep, thresholds, rescale)
+    trimmed = _trim_all(deltas, None, thresholds, rescale)
     return sign_counts(votes(trimmed, weights, election))
+
+
+_NO_SIGNS = (Count.of(0), Count.of(0))
 
 
 def _add_counts(a: tuple[Count, Count], b: tuple[Count, Count]) -> tuple[Count, Count]:
@@ -210,11 +228,11 @@ def _ties(
     *,
     weights: Sequence,
     scale: Array,
-    keep: Sequence,
-    thresholds: Sequence | None,
-    majority: Array | None,
     rescale: Any,
     election: Election,
+    keep: Sequence | None = None,
+    thresholds: Sequence | None = None,
+    majority: Array | None = None,
 ) -> Array:
     trimmed = _trim_all(deltas, keep, thresholds, rescale)
     return scale * merge_elected(trimmed, weights, election, majority)
@@ -239,6 +257,7 @@ def breadcrumbs(
     tie: Tie = "drop",
     aggregate: Aggregate = "sum",
     divisor: Divisor = "weights",
+    rescale: Literal["l1"] | None = None,
     matrices: Mapping[str, str] | None = None,
     stack_axes: PerLeaf = 0,
 ) -> Params:
@@ -262,8 +281,10 @@ def breadcrumbs(
         elect: whether to elect signs as `ties` does, instead of adding everything.
         vote: with `elect`, as in `ties`.
         tie: with `elect`, as in `ties`.
-        aggregate: with `elect`, as in `ties`; the default adds up, as mergekit does.
-        divisor: with `elect`, as in `ties`.
+        aggregate: as in `ties`; without `elect` of all entries. The default adds up, as
+            mergekit does.
+        divisor: what a mean divides by, as in `ties`.
+        rescale: `"l1"` scales what is kept back to the L1 norm before dropping.
         matrices: with `scope="row"`, axis patterns of leaves by path, before the
             presets of `jaxmerge.matrices`.
         stack_axes: how many leading axes of a leaf stack independent layers; a number
@@ -283,7 +304,11 @@ def breadcrumbs(
         [0.0, 3.0, -2.0, 0.0]
     """
     choice("breadcrumbs", "scope", scope, ("leaf", "row"))
-    election = Election(vote, tie, aggregate, divisor).checked("breadcrumbs")
+    choice("breadcrumbs", "rescale", rescale, (None, "l1"))
+    if scope == "leaf":
+        without_effect("breadcrumbs", "matrices", matrices, None, "scope='row'")
+    choice("breadcrumbs", "elect", elect, (False, True))
+    election = Election(vote, tie, aggregate, divisor).checked("breadcrumbs", elect)
 
     def options(leaf: Leaf) -> dict:
         keeps = per_model(leaf, "density", density, "(0, 1]", static=True)
@@ -305,7 +330,9 @@ def breadcrumbs(
         base=base,
         stack_axes=stack_axes,
         rows=row_axes(matrices) if scope == "row" else None,
-        election=election if elect else None,
+        election=election,
+        elect=elect,
+        rescale=rescale,
     )
 
 
@@ -322,7 +349,9 @@ def _crumbs(
     weights: Sequence,
     scale: Array,
     bands: Sequence,
-    election: Election | None,
+    election: Election,
+    elect: bool,
+    rescale: Any,
 ) -> Array:
     kept = []
     for delta, (drop, seen) in zip(deltas, bands, strict=True):
@@ -330,5 +359,5 @@ def _crumbs(
         if drop is not None:
             outlier = jnp.abs(delta) >= kth_magnitude(delta, drop)
             crumbs = jnp.where(outlier, 0, crumbs)
-        kept.append(crumbs)
-    return scale * merge_thinned(kept, weights, election)
+        kept.append(match_l1(crumbs, delta) if rescale == "l1" else crumbs)
+    return scale * merge_thinned(kept, weights, election, elect)

@@ -126,7 +126,7 @@ def test_output_is_invisible_until_complete(tmp_path):
 
 
 def test_permissions_are_the_usual_ones(tmp_path):
-    save(tmp_path / "out", {})
+    save(tmp_path / "out", {"w": np.zeros(1)})
     (tmp_path / "ordinary").mkdir()
     assert (tmp_path / "out").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
 

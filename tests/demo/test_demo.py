@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import yaml
 
-import jaxmerge
 from jaxmerge.demo import run, training
+from jaxmerge.registry import methods
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_merges_rank_as_the_literature_says(table):
 
 
 def test_every_method_that_can_merge_six_models_has_a_row(table):
-    able = {m.name for m in jaxmerge.methods().values() if m.max_models is None}
+    able = {m.name for m in methods().values() if m.max_models is None}
     assert set(table.rows) == able | {"start"}
     assert len(table.tasks) == 6
 

@@ -1,7 +1,5 @@
 """The demo's experiment: honest splits, right labels, training that trains."""
 
-import sys
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -75,12 +73,6 @@ def test_views_of_a_marked_image():
     assert turned.sum() == 1.0
     assert tasks.negative(image)[0, 0, 7] == 0.0
     assert tasks.negative(image).sum() == 63.0
-
-
-def test_missing_scikit_learn_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(ModuleNotFoundError, match=r"jaxmerge\[demo\]"):
-        tasks.load_digits()
 
 
 def test_patches_keep_neighbours_together():

@@ -32,7 +32,8 @@ def trim_authors(flat, density):
 
 def elect(flats, tie):
     signs = np.sign(np.sum(flats, 0))
-    fill = {"drop": 0, "positive": 1, "negative": -1, "majority": np.sign(signs.sum())}
+    majority = 1 if signs.sum() > 0 else -1
+    fill = {"drop": 0, "positive": 1, "negative": -1, "majority": majority}
     return np.where(signs == 0, fill[tie], signs)
 
 

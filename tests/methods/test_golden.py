@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import jaxmerge
+from jaxmerge.registry import methods
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "mergekit.npz")
 
@@ -211,7 +211,7 @@ def base_of(models):
 
 
 def call(method, base, models, **options):
-    registered = jaxmerge.methods()[method]
+    registered = methods()[method]
     if registered.needs_key:
         options = {"key": 0} | options
     inputs = (base, models) if registered.needs_base else (models,)

@@ -147,6 +147,30 @@ def test_votes_by_weighted_mass_mass_and_count_differ():
     np.testing.assert_allclose(votes["count"], [-0.6, -1.0])
 
 
+def test_a_balanced_majority_is_negative_as_in_the_authors_code():
+    base, models = {"w": jnp.zeros(1)}, [{"w": jnp.array([x])} for x in (1.0, -1.0)]
+    for scope in ("leaf", "model"):
+        merged = jm.ties(base, models, density=1.0, tie="majority", scope=scope)
+        assert merged["w"].tolist() == [-1]
+
+
+def test_majority_is_that_of_the_scope():
+    base = {"a": jnp.zeros(2), "b": jnp.zeros(3)}
+    up, down = {"a": jnp.array([1.0, 1.0])}, {"a": jnp.array([-1.0, 1.0])}
+    models = [up | {"b": -jnp.ones(3)}, down | {"b": -jnp.ones(3)}]
+    options = {"density": 1.0, "tie": "majority"}
+    assert jm.ties(base, models, **options)["a"].tolist() == [1, 1]
+    by_model = jm.ties(base, models, scope="model", **options)
+    assert by_model["a"].tolist() == [-1, 1]
+
+
+def test_the_largest_agreeing_entry_keeps_its_sign_under_negative_weights():
+    base, models = {"w": jnp.zeros(1)}, [{"w": jnp.array([x])} for x in (2.0, 1.0)]
+    options = {"weights": [-1.0, 1.0], "density": 1.0, "vote": "mass"}
+    assert jm.ties(base, models, aggregate="max", **options)["w"].tolist() == [-2]
+    assert jm.ties(base, models, aggregate="sum", **options)["w"].tolist() == [-1]
+
+
 def test_negative_weights_forget_without_flipping_the_merge():
     base, models = {"w": jnp.zeros(1)}, [{"w": jnp.array([-2.0])}]
     merged = {
@@ -310,6 +334,110 @@ def test_coefficients_can_be_mapped_over_and_differentiated():
     )(models)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(through_ties))
     assert any(x.any() for x in jax.tree.leaves(through_ties))
+
+
+def test_gradients_are_finite_where_norms_vanish_or_angles_do():
+    x = {"w": jnp.array([1.0, 2.0])}
+    zero = {"w": jnp.zeros(2)}
+    for merge, models in (
+        (jm.slerp, [x, x]),
+        (jm.slerp, [x, zero]),
+        (lambda ms: jm.model_stock(x, ms), [x, {"w": jnp.array([3.0, 1.0])}]),
+    ):
+        slope = jax.grad(lambda ms, merge=merge: merge(ms)["w"].sum())(models)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slope))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda b, ms: jm.dare(b, ms, key=0, vote="mass"), "vote has no effect"),
+        (lambda b, ms: jm.dare(b, ms, key=0, elect="no"), "elect is 'no'"),
+        (lambda b, ms: jm.dare(b, ms, key=1.5), "key is 1.5; give a jax.random.key"),
+        (lambda b, ms: jm.dare(b, ms, key=-1), r"key is -1.*in \[0, 2\*\*32\)"),
+        (lambda b, ms: jm.dare(b, ms, key=None), "key is None"),
+        (
+            lambda b, ms: jm.breadcrumbs(b, ms, aggregate="max"),
+            "aggregate without elect is 'max'",
+        ),
+        (
+            lambda b, ms: jm.model_stock(b, ms, matrices={".*": "o"}),
+            "matrices has no effect without scope='row'",
+        ),
+        (
+            lambda b, ms: jm.ties(b, ms, scope="model", stack_axes=1),
+            "stack_axes has no effect without scope='leaf'",
+        ),
+        (
+            lambda b, ms: jm.ties(b, ms, scope="model", density={".*": 0.2}),
+            "rules by leaf, but scope='model'",
+        ),
+        (lambda b, ms: jm.ties(b, ms, stack_axes=0.5), "not a whole number"),
+        (lambda b, ms: jm.ties(b, ms, weights=None), "weights of leaf 'a' is None"),
+        (lambda b, ms: jm.ties(b, ms, scale=float("nan")), "is nan, not finite"),
+        (lambda b, ms: jm.ties(b, ms, scale={"(": 1.0}), "no valid regular expression"),
+        (lambda b, ms: jm.ties(b, ms[0]), "models is a dict; give a list of trees"),
+        (lambda b, ms: jm.ties("run", ["x"]), "base is a str, not an array; load"),
+        (lambda b, ms: jm.ties(None, ms), "needs a base"),
+    ],
+)
+def test_misuse_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(*random_case(count=2))
+
+
+def test_seeds_of_all_kinds_agree():
+    base, models = random_case(count=2)
+    want = jm.dare(base, models, key=3)
+    for key in (np.int64(3), jnp.int32(3), jax.random.key(3), jax.random.PRNGKey(3)):
+        assert_trees_close(jm.dare(base, models, key=key), want, atol=0)
+
+
+def test_draws_do_not_depend_on_the_float_width():
+    base, models = random_case(count=1)
+    kept = {k: jm.dare(base, models, key=3)[k] != b for k, b in base.items()}
+    with jax.enable_x64(True):
+        wide = jm.dare({k: np.float64(b) for k, b in base.items()}, models, key=3)
+        for k, b in base.items():
+            np.testing.assert_array_equal(wide[k] != b, kept[k])
+
+
+def test_a_mean_without_election_divides_by_all_weights():
+    base, models = random_case(count=2)
+    options = {"density": 1.0, "gamma": 0.0, "weights": [1.0, 3.0]}
+    mean = jm.breadcrumbs(base, models, aggregate="mean", **options)
+    assert_trees_close(mean, jm.average(models, weights=[1.0, 3.0]))
+
+
+def test_ties_by_model_takes_models_from_other_devices(mesh):
+    base, models = random_case(count=2)
+    want = jm.ties(base, models, scope="model")
+    models[0] = jax.device_put(models[0], jax.devices()[3])
+    assert_trees_close(jm.ties(jm.place(base, mesh), models, scope="model"), want)
+
+
+def test_laws_of_sign_scale_and_partition():
+    base, models = random_case()
+    zero = {k: np.zeros_like(b) for k, b in base.items()}
+    deltas = [{k: m[k] - base[k] for k in base} for m in models]
+    flip = [{k: -d[k] for k in d} for d in deltas]
+    grown = [{k: 4 * d[k] for k in d} for d in deltas]
+    for method in (
+        jm.task_arithmetic,
+        jm.ties,
+        jm.breadcrumbs,
+        jm.magmax,
+        jm.model_stock,
+    ):
+        merged = method(zero, deltas)
+        assert_trees_close(method(zero, flip), {k: -x for k, x in merged.items()})
+        assert_trees_close(method(zero, grown), {k: 4 * x for k, x in merged.items()})
+    # Outliers, crumbs and the rest make up a task vector.
+    options = {"density": 0.4, "gamma": 0.1}
+    kept = jm.breadcrumbs(zero, deltas[:1], **options)["a"] != 0
+    assert int(kept.sum()) == int(0.4 * kept.size)
+    top = np.sort(np.abs(deltas[0]["a"]).ravel())[-int(0.1 * kept.size) :]
+    assert not np.isin(np.abs(deltas[0]["a"])[kept], top).any()
 
 
 def test_float64_leaves_are_merged_in_float64():
