@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from jaxmerge.methods.averaging import average, model_stock
     from jaxmerge.methods.dropping import dare, della
     from jaxmerge.methods.spherical import slerp
+    from jaxmerge.methods.subspaces import iso_c, iso_cts, sftm, tsv_merge
     from jaxmerge.methods.trimming import breadcrumbs, ties
     from jaxmerge.recipes import Recipe, load_recipe
     from jaxmerge.sharding import place
@@ -28,6 +29,8 @@ __all__ = [
     "compare",
     "dare",
     "della",
+    "iso_c",
+    "iso_cts",
     "load",
     "load_recipe",
     "magmax",
@@ -38,10 +41,12 @@ __all__ = [
     "open_checkpoint",
     "place",
     "save",
+    "sftm",
     "slerp",
     "task_arithmetic",
     "task_vector",
     "ties",
+    "tsv_merge",
 ]
 
 # Where the names above are at home. They are imported on first use, so that the command
@@ -57,6 +62,7 @@ _HOMES = {
     "methods.averaging": ["average", "model_stock"],
     "methods.dropping": ["dare", "della"],
     "methods.spherical": ["slerp"],
+    "methods.subspaces": ["iso_c", "iso_cts", "sftm", "tsv_merge"],
     "methods.trimming": ["breadcrumbs", "ties"],
     "recipes": ["Recipe", "load_recipe"],
     "sharding": ["place"],

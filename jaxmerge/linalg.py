@@ -2,15 +2,17 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from jaxmerge import sharding
+from jaxmerge.numerics import norm, safe_divide
 from jaxmerge.sharding import Spread
 
 
@@ -90,3 +92,91 @@ def _map_spread(fn: Callable[..., Any], plan: Spread, *stacks: Array) -> Any:
 
 
 _map_spread_eagerly = functools.partial(jax.jit, static_argnums=(0, 1))(_map_spread)
+
+
+def polar(x: Array, rtol: float = 1e-6) -> Array:
+    """The nearest matrix to `x` (m, n) whose singular values are all one.
+
+    Directions in which `x` is zero, with singular values of at most `rtol` times the
+    largest, stay zero: the factor is unique also where `x` has not got full rank, as
+    with columns that repeat.
+
+    Example:
+        >>> print(polar(jax.numpy.array([[3.0, 0.0], [0.0, 0.0]])))
+        [[1. 0.]
+         [0. 0.]]
+    """
+    u, s, vt = jnp.linalg.svd(x, full_matrices=False)
+    kept = (s > rtol * jnp.max(s, initial=0)).astype(x.dtype)
+    return jnp.matmul(u * kept[None], vt, precision="highest")
+
+
+class SolveInfo(NamedTuple):
+    """How the iterative solution of a linear system went.
+
+    Attributes:
+        steps: how many steps were taken.
+        residual: norm of what is left of the equations, over that of their right side.
+    """
+
+    steps: Array
+    residual: Array
+
+
+def least_squares(
+    apply: Callable[[Array], Array],
+    transpose: Callable[[Array], Array],
+    right: Array,
+    *,
+    ridge: Array | float = 0.0,
+    rtol: Array | float = 1e-6,
+    atol: Array | float = 0.0,
+    max_steps: int = 200,
+) -> tuple[Array, SolveInfo]:
+    """Minimises |apply(x) - right|^2 + ridge |x|^2, from zero, without a matrix.
+
+    Conjugate gradients on the normal equations in the form of Hestenes and Stiefel
+    (CGLS), which keeps the residual of the equations themselves: systems that are
+    singular or contradict themselves converge too, to the solution of least norm. Under
+    `jax.vmap`, each system stops on its own.
+
+    Args:
+        apply: a linear function.
+        transpose: its transpose.
+        right: the right side.
+        ridge: weight of the squared norm of x.
+        rtol: stops when the norm of the gradient has shrunk to this share,
+        atol: or to this value: what counts as zero where the first gradient is.
+        max_steps: the most steps.
+
+    Returns:
+        The minimiser, and a `SolveInfo`. It cannot be differentiated in reverse: the
+        number of steps depends on the values.
+    """
+    gradient = transpose(right)
+    square = jnp.sum(gradient * gradient)
+    small = jnp.maximum(rtol * jnp.sqrt(square), atol)
+
+    def unfinished(state):
+        steps, *_, left = state
+        return (steps < max_steps) & (left > small**2)
+
+    def step(state):
+        steps, x, rest, direction, left = state
+        image = apply(direction)
+        curvature = jnp.sum(image * image) + ridge * jnp.sum(direction * direction)
+        length = left / curvature
+        x, rest = x + length * direction, rest - length * image
+        gradient = transpose(rest) - ridge * x
+        now = jnp.sum(gradient * gradient)
+        return steps + 1, x, rest, gradient + now / left * direction, now
+
+    start = (
+        jnp.zeros((), jnp.int32),
+        jnp.zeros_like(gradient),
+        right,
+        gradient,
+        square,
+    )
+    steps, x, rest, *_ = jax.lax.while_loop(unfinished, step, start)
+    return x, SolveInfo(steps, safe_divide(norm(rest), norm(right)))

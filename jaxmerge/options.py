@@ -137,6 +137,20 @@ def choice(method: str, name: str, value: Any, choices: Sequence[Any]) -> None:
         )
 
 
+def whole_number(method: str, name: str, value: Any, *, least: int) -> int:
+    """Checks that `value` is a whole number of at least `least`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(
+            f"{method}: {name} is {value!r}; it must be a whole number of at least "
+            f"{least}."
+        )
+    return value
+
+
 def without_effect(
     method: str, name: str, value: Any, default: Any, needs: str
 ) -> None:

@@ -36,17 +36,19 @@ class Method(NamedTuple):
         function: `function([base,] models, *, ...) -> params`.
         paper: authors, title, venue.
         link: where to read it.
-        identity: the options at which a single model comes back as it is.
+        identity: the options at which a single model comes back as it is; None if
+            it never does.
         symmetric: whether the order of the models is without effect.
         max_models: the largest number of models, None for any number.
-        gathers: whether entries that are sharded must come together for it.
+        gathers: whether entries that are sharded must come together for it: rows that
+            are sorted, or whole matrices.
     """
 
     name: str
     function: Callable[..., Any]
     paper: str
     link: str
-    identity: Mapping[str, Any]
+    identity: Mapping[str, Any] | None
     symmetric: bool
     max_models: int | None
     gathers: bool
@@ -91,7 +93,7 @@ class Method(NamedTuple):
     @property
     def options(self) -> dict[str, Parameter]:
         """The parameters that a recipe sets."""
-        filled_in = ("key", "names")
+        filled_in = ("key", "names", "info")
         return {n: p for n, p in self.parameters.items() if n not in filled_in}
 
     def bind(self, options: Mapping[str, Any], seed: int, names: Sequence[str]) -> Any:
@@ -130,7 +132,7 @@ def register(
     *,
     paper: str,
     link: str,
-    identity: Mapping[str, Any] | None = None,
+    identity: Mapping[str, Any] | None = MappingProxyType({}),
     symmetric: bool = True,
     max_models: int | None = None,
     gathers: bool = False,
@@ -140,7 +142,7 @@ def register(
     def add(function: F) -> F:
         name = function.__name__
         _METHODS[name] = Method(
-            name, function, paper, link, identity or {}, symmetric, max_models, gathers
+            name, function, paper, link, identity, symmetric, max_models, gathers
         )
         return function
 
