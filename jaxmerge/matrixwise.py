@@ -72,6 +72,12 @@ def merge_matrices(
         for path, leaf in leaves.items()
         if is_float(leaf)
     }
+    scales = {
+        path: per_leaf(
+            Leaf(method, path, np.shape(leaves[path]), len(models)), "scale", scale
+        )
+        for path in axes
+    }
     groups: dict[Any, list[str]] = {}
     for path, at in axes.items():
         if at.is_matrix and np.size(leaves[path]):
@@ -90,7 +96,7 @@ def merge_matrices(
                 [sharding.join(model[path], leaves[path]) for path in paths]
                 for model in by_model
             ],
-            [_scale_of(method, leaves, path, scale, len(models)) for path in paths],
+            [scales[path] for path in paths],
             dict(numbers or {}),
             axes=tuple(axes[path] for path in paths),
             targets=tuple(sharding.of(leaf) for leaf in of_group),
@@ -105,7 +111,7 @@ def merge_matrices(
         merged |= merge_leaves(
             _add_up,
             [{path: model[path] for path in rest} for model in by_model],
-            lambda leaf: {"scale": per_leaf(leaf, "scale", scale)},
+            lambda leaf: {"scale": scales[leaf.path]},
             method=method,
             base={path: leaves[path] for path in rest},
             divide=others == "average",
@@ -126,13 +132,6 @@ def _axes_of(
         raise ValueError(
             f"{method}: {error} Such rules are the option `matrices`."
         ) from None
-
-
-def _scale_of(
-    method: str, leaves: Mapping[str, Any], path: str, scale: PerLeaf, models: int
-) -> Any:
-    leaf = Leaf(method, path, np.shape(leaves[path]), models)
-    return per_leaf(leaf, "scale", scale)
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "targets", "kernel", "choices"))
