@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +125,10 @@ def _try_on_shapes(
 
     base = None if inputs.base is None else shapes(inputs.base)
     models = [shapes(model) for model in inputs.models.values()]
+    like = models[0] if base is None else base
     try:
-        jax.eval_shape(call, base, models)
+        with _precision(like.values()):
+            jax.eval_shape(call, base, models)
     except ValueError as error:
         raise MergeError(f"{recipe.source}: {error}") from error
 
@@ -181,9 +183,14 @@ def _merge_group(
         for name, leaf in like.items():
             wide = np.promote_types(leaf.dtype, np.float32)
             like[name] = leaf if leaf.dtype == recipe.dtype else leaf.astype(wide)
-    wide = any(leaf.dtype == np.float64 for leaf in like.values())
-    with jax.enable_x64(True) if wide else contextlib.nullcontext():
+    with _precision(like.values()):
         return jax.device_get(call(base, models))
+
+
+def _precision(leaves: Iterable[Any]) -> contextlib.AbstractContextManager[Any]:
+    """Switches float64 on, which JAX has off, where a leaf needs it."""
+    wide = any(leaf.dtype == np.float64 for leaf in leaves)
+    return jax.enable_x64(True) if wide else contextlib.nullcontext()
 
 
 def _round(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
