@@ -26,7 +26,6 @@ Kernel = Callable[..., Any]
 Rows = Callable[[Leaf], tuple[int, ...]]
 """The axes of a leaf that number the rows of a matrix; none where it is no matrix."""
 
-
 ABSENT: Any = object()
 """Stands for an argument that a method has not got, which None would not show."""
 
@@ -208,7 +207,7 @@ def _as_key(method: str, key: Any) -> Array:
 )
 def _merge_leaf(base, models, keys, numbers, units, target, *, kernel, choices):
     like = models[0] if base is None else base
-    dtype = _wide(like.dtype)
+    dtype = wide(like.dtype)
 
     def merge(base, models, keys, numbers):
         bound = functools.partial(kernel, **numbers, **dict(choices))
@@ -224,13 +223,14 @@ def _merge_leaf(base, models, keys, numbers, units, target, *, kernel, choices):
 @functools.partial(jax.jit, static_argnames=("kernel", "choices"))
 def _measure_leaf(base, models, numbers, *, kernel, choices):
     def measure(base, models, numbers):
-        arrays = _arrays(base, models, _wide(models[0].dtype))
+        arrays = _arrays(base, models, wide(models[0].dtype))
         return kernel(arrays, **numbers, **dict(choices))
 
     return sharding.auto(measure, like=jnp.zeros(()))(base, models, numbers)
 
 
-def _wide(dtype: Any) -> Any:
+def wide(dtype: Any) -> Any:
+    """The dtype to compute in: float32, or a wider one that leaves have."""
     return jnp.promote_types(jnp.float32, dtype)
 
 
@@ -289,6 +289,6 @@ def _difference(base: Array, model: Array) -> Array:
         return jnp.zeros((0,), jnp.float32)
 
     def subtract(base, model):
-        return _arrays(base, [model], _wide(base.dtype))[0]
+        return _arrays(base, [model], wide(base.dtype))[0]
 
     return sharding.auto(subtract, like=base)(base, model)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxmerge.options import Leaf
+from jaxmerge.options import Leaf, choice, without_effect
 from jaxmerge.tree import Params, first_match, named_leaves
 
 
@@ -187,6 +187,21 @@ def row_axes(
     return rows
 
 
+def rows_by_scope(
+    method: str, scope: str, rules: Mapping[str, str] | None
+) -> Callable[[Leaf], tuple[int, ...]] | None:
+    """What `row_axes` gives for `scope="row"`; None for `scope="leaf"`.
+
+    Raises:
+        ValueError: another scope, or rules that have no effect.
+    """
+    choice(method, "scope", scope, ("leaf", "row"))
+    if scope == "row":
+        return row_axes(rules)
+    without_effect(method, "matrices", rules, None, "scope='row'")
+    return None
+
+
 def to_matrix(leaf: Array, axes: MatrixAxes) -> Array:
     """Lays a leaf out as (*stack, inputs, outputs), each of the two flattened.
 
@@ -199,9 +214,13 @@ def to_matrix(leaf: Array, axes: MatrixAxes) -> Array:
         (8, 8)
     """
     order = _order(np.shape(leaf), axes)
-    stack, inputs, outputs = ([leaf.shape[axis] for axis in group] for group in axes)
-    shape = (*stack, math.prod(inputs), math.prod(outputs))
-    return jnp.transpose(leaf, order).reshape(shape)
+    return jnp.transpose(leaf, order).reshape(matrix_shape(leaf.shape, axes))
+
+
+def matrix_shape(shape: tuple[int, ...], axes: MatrixAxes) -> tuple[int, ...]:
+    """The shape that `to_matrix` gives a leaf of `shape`."""
+    stack, inputs, outputs = ([shape[axis] for axis in group] for group in axes)
+    return (*stack, math.prod(inputs), math.prod(outputs))
 
 
 def from_matrix(matrix: Array, shape: tuple[int, ...], axes: MatrixAxes) -> Array:

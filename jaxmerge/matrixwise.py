@@ -16,9 +16,15 @@ import numpy as np
 from jax import Array
 
 from jaxmerge import sharding
-from jaxmerge.leafwise import Kernel, check_models, merge_leaves
+from jaxmerge.leafwise import Kernel, check_models, merge_leaves, wide
 from jaxmerge.linalg import map_matrices
-from jaxmerge.matrices import MatrixAxes, from_matrix, leaf_axes, to_matrix
+from jaxmerge.matrices import (
+    MatrixAxes,
+    from_matrix,
+    leaf_axes,
+    matrix_shape,
+    to_matrix,
+)
 from jaxmerge.options import Leaf, PerLeaf, choice, per_leaf
 from jaxmerge.tree import Params, is_float, named_leaves, rebuild
 
@@ -81,9 +87,7 @@ def merge_matrices(
     groups: dict[Any, list[str]] = {}
     for path, at in axes.items():
         if at.is_matrix and np.size(leaves[path]):
-            shape = jax.eval_shape(
-                lambda x, at=at: to_matrix(x, at), leaves[path]
-            ).shape
+            shape = matrix_shape(np.shape(leaves[path]), at)
             groups.setdefault((shape[-2:], leaves[path].dtype), []).append(path)
 
     by_model = [named_leaves(model) for model in models]
@@ -136,7 +140,7 @@ def _axes_of(
 
 @functools.partial(jax.jit, static_argnames=("axes", "targets", "kernel", "choices"))
 def _merge_group(bases, models, scales, numbers, *, axes, targets, kernel, choices):
-    dtype = jnp.promote_types(jnp.float32, bases[0].dtype)
+    dtype = wide(bases[0].dtype)
 
     def merge(bases, models, scales, numbers):
         def stack(of_model: Sequence[Array]) -> Array:

@@ -120,7 +120,7 @@ def _try_on_shapes(
     def shapes(checkpoint: Checkpoint) -> dict[str, jax.ShapeDtypeStruct]:
         return {
             name: jax.ShapeDtypeStruct(*checkpoint.leaves[name])
-            for name in _names(steps, "merged")
+            for name in _merged_names(steps)
         }
 
     base = None if inputs.base is None else shapes(inputs.base)
@@ -133,8 +133,8 @@ def _try_on_shapes(
         raise MergeError(f"{recipe.source}: {error}") from error
 
 
-def _names(steps: Mapping[str, Step], treatment: str) -> list[str]:
-    return [name for name, step in steps.items() if step.treatment == treatment]
+def _merged_names(steps: Mapping[str, Step]) -> list[str]:
+    return [name for name, step in steps.items() if step.treatment == "merged"]
 
 
 def _arrays_out(
@@ -147,7 +147,7 @@ def _arrays_out(
             _check_finite(recipe, inputs, name, [array])
             yield name, _round(name, array, step.out.dtype), {}
 
-    names = _names(steps, "merged")
+    names = _merged_names(steps)
     whole = methods()[recipe.method].needs_whole_model(recipe.options)
     for group in [names] if whole else [[name] for name in names]:
         merged = _merge_group(recipe, inputs, group, call)

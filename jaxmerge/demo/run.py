@@ -136,7 +136,12 @@ def _merge_all(out: Path, experiment: Experiment, progress: Progress) -> ResultT
         merged = _merge_as_recipe(out, method, experiment, options)
         rows[method.name] = _test(experiment, merged)
         progress.advance(bar)
-    individual = [_test(experiment, model)[i] for i, model in enumerate(tuned.values())]
+    individual = [
+        float(training.accuracy(model, experiment.heads[name], *data.test))
+        for (name, model), data in zip(
+            tuned.items(), experiment.data.values(), strict=True
+        )
+    ]
     ranked = sorted(rows.items(), key=lambda row: (row[0] != "start", row[1].mean()))
     return ResultTable(list(tuned), individual, dict(ranked), notes)
 

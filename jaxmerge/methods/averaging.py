@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxmerge.leafwise import merge_leaves
-from jaxmerge.matrices import row_axes
+from jaxmerge.matrices import rows_by_scope
 from jaxmerge.methods.election import weighted_sum
 from jaxmerge.numerics import norm, safe_divide
 from jaxmerge.options import (
@@ -21,7 +21,6 @@ from jaxmerge.options import (
     PerModel,
     choice,
     per_model,
-    without_effect,
 )
 from jaxmerge.registry import register
 from jaxmerge.tree import Params
@@ -120,9 +119,6 @@ def model_stock(
     """
     choice("model_stock", "angle", angle, ("mean_cosine", "mean_angle"))
     choice("model_stock", "clip", clip, (False, True))
-    choice("model_stock", "scope", scope, ("leaf", "row"))
-    if scope == "leaf":
-        without_effect("model_stock", "matrices", matrices, None, "scope='row'")
     return merge_leaves(
         _stock,
         models,
@@ -130,7 +126,7 @@ def model_stock(
         method="model_stock",
         base=base,
         stack_axes=stack_axes,
-        rows=row_axes(matrices) if scope == "row" else None,
+        rows=rows_by_scope("model_stock", scope, matrices),
         angle=angle,
         clip=clip,
     )

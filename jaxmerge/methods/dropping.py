@@ -14,7 +14,7 @@ from jax import Array
 
 from jaxmerge.leafwise import merge_leaves
 from jaxmerge.linalg import map_matrices
-from jaxmerge.matrices import row_axes
+from jaxmerge.matrices import rows_by_scope
 from jaxmerge.methods.election import (
     Aggregate,
     Divisor,
@@ -32,7 +32,6 @@ from jaxmerge.options import (
     choice,
     per_leaf,
     per_model,
-    without_effect,
 )
 from jaxmerge.registry import register
 from jaxmerge.tree import Params
@@ -104,7 +103,6 @@ def dare(
         [0.0, 2.0]
     """
     choice("dare", "rescale", rescale, (None, "inverse", "l1"))
-    choice("dare", "elect", elect, (False, True))
     election = Election(vote, tie, aggregate, divisor).checked("dare", elect)
 
     def options(leaf: Leaf) -> dict:
@@ -226,15 +224,11 @@ def della(
         [1.0, 2.0, 4.0]
     """
     choice("della", "rescale", rescale, (None, "inverse", "l1"))
-    choice("della", "scope", scope, ("leaf", "row"))
-    choice("della", "elect", elect, (False, True))
     election = Election(vote, tie, aggregate, divisor).checked("della", elect)
-    if scope == "leaf":
-        without_effect("della", "matrices", matrices, None, "scope='row'")
-    rows_of = row_axes(matrices)
+    rows_of = rows_by_scope("della", scope, matrices)
 
     def options(leaf: Leaf) -> dict:
-        rows = rows_of(leaf) if scope == "row" else ()
+        rows = rows_of(leaf) if rows_of else ()
         middles = per_model(leaf, "density", density, "(0, 1]", static=True)
         halves = per_model(leaf, "half_width", half_width, "[0, 1)", static=True)
         return {

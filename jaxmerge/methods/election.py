@@ -52,6 +52,7 @@ class Election(NamedTuple):
             ValueError: a choice is unknown, or has no effect as nothing is elected;
                 the message starts with `method`.
         """
+        choice(method, "elect", elect, (False, True))
         for name, known in self.__annotations__.items():
             choice(method, name, getattr(self, name), get_args(known))
         if not elect:

@@ -166,9 +166,8 @@ def tsv_merge(
         models: pytrees with the structure and shapes of `base`.
         rank: how many singular triplets of each task matrix count. None: as many as
             give every task an equal share of the full rank, and at least one.
-        scale: multiplies the merged matrices and the changes of other leaves. The
-            authors recommend 1.
-            May be traced.
+        scale: multiplies the merged matrices and the changes of other leaves. May
+            be traced. The authors recommend 1.
         others: what becomes of leaves that are no matrices: `"average"` (the authors)
             or `"task_arithmetic"` of their task vectors, or `"base"`.
         matrices: axis patterns of leaves by path, before the presets of
@@ -239,9 +238,8 @@ def iso_c(
     Args:
         base: $\theta_0$, the shared starting point, a pytree of arrays of any shape.
         models: pytrees with the structure and shapes of `base`.
-        scale: multiplies the merged matrices and the changes of other leaves. The
-            authors choose it on validation data; 0.8 to 1.5 was best.
-            May be traced.
+        scale: multiplies the merged matrices and the changes of other leaves. May
+            be traced. The authors choose it on validation data; 0.8 to 1.5 was best.
         others: what becomes of leaves that are no matrices: `"average"` (the authors)
             or `"task_arithmetic"` of their task vectors, or `"base"`.
         matrices: axis patterns of leaves by path, before the presets of
@@ -309,9 +307,8 @@ def iso_cts(
         models: pytrees with the structure and shapes of `base`.
         common: the share of the full rank that is common, in [0, 1]. It sets counts and
             cannot be traced; 1 is `iso_c`, and so is a rest too small to share.
-        scale: multiplies the merged matrices and the changes of other leaves. The
-            authors choose it on validation data; 0.9 to 1.9 was best.
-            May be traced.
+        scale: multiplies the merged matrices and the changes of other leaves. May
+            be traced. The authors choose it on validation data; 0.9 to 1.9 was best.
         others: what becomes of leaves that are no matrices: `"average"` (the authors)
             or `"task_arithmetic"` of their task vectors, or `"base"`.
         matrices: axis patterns of leaves by path, before the presets of

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxmerge.leafwise import check_models, measure_leaves, merge_leaves, task_vector
-from jaxmerge.matrices import row_axes
+from jaxmerge.matrices import rows_by_scope
 from jaxmerge.methods.election import (
     Aggregate,
     Divisor,
@@ -303,11 +303,7 @@ def breadcrumbs(
         >>> breadcrumbs(base, models, density=0.5, gamma=0.25)["w"].tolist()
         [0.0, 3.0, -2.0, 0.0]
     """
-    choice("breadcrumbs", "scope", scope, ("leaf", "row"))
     choice("breadcrumbs", "rescale", rescale, (None, "l1"))
-    if scope == "leaf":
-        without_effect("breadcrumbs", "matrices", matrices, None, "scope='row'")
-    choice("breadcrumbs", "elect", elect, (False, True))
     election = Election(vote, tie, aggregate, divisor).checked("breadcrumbs", elect)
 
     def options(leaf: Leaf) -> dict:
@@ -329,7 +325,7 @@ def breadcrumbs(
         method="breadcrumbs",
         base=base,
         stack_axes=stack_axes,
-        rows=row_axes(matrices) if scope == "row" else None,
+        rows=rows_by_scope("breadcrumbs", scope, matrices),
         election=election,
         elect=elect,
         rescale=rescale,
