@@ -15,7 +15,7 @@ a bias "o". Leading axes that stack layers or experts are declared apart.
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -232,6 +232,47 @@ def from_matrix(matrix: Array, shape: tuple[int, ...], axes: MatrixAxes) -> Arra
     order = _order(shape, axes)
     leaf = matrix.reshape([shape[axis] for axis in order])
     return jnp.transpose(leaf, [order.index(axis) for axis in range(len(order))])
+
+
+def output_parts(
+    method: str,
+    path: str,
+    outputs: int,
+    fused: Mapping[str, int | Sequence[int]] | None,
+) -> tuple[int, ...]:
+    """The numbers of outputs of the matrices that are fused in a leaf.
+
+    Args:
+        method: the caller's name, for messages.
+        path: the leaf's path.
+        outputs: its number of outputs.
+        fused: from paths to the number of equal parts, or to the sizes of all parts,
+            in the order of the outputs. Leaves without a rule are one matrix.
+
+    Raises:
+        ValueError: parts that do not add up to the outputs.
+
+    Example:
+        >>> rules = {".*in_proj_weight": 3, ".*qkv_proj.weight": [64, 16, 16]}
+        >>> output_parts("sftm", "attn.in_proj_weight", 96, rules)
+        (32, 32, 32)
+        >>> output_parts("sftm", "attn.qkv_proj.weight", 96, rules)
+        (64, 16, 16)
+    """
+    try:
+        parts = first_match(fused or {}, path)
+    except KeyError:
+        return (outputs,)
+    if isinstance(parts, int) and parts > 0 and outputs % parts == 0:
+        return (outputs // parts,) * parts
+    sizes = parts if isinstance(parts, list | tuple) else ()
+    if all(isinstance(n, int) and n > 0 for n in sizes) and sum(sizes) == outputs:
+        return tuple(sizes)
+    raise ValueError(
+        f"{method}: fused is {parts!r} for leaf {path!r} with {outputs} outputs; give "
+        "a number of equal parts that divides them, or a list of sizes that sum to "
+        "them."
+    )
 
 
 def _order(shape: tuple[int, ...], axes: MatrixAxes) -> tuple[int, ...]:

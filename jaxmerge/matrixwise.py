@@ -7,8 +7,9 @@ device works on its own layers; leaves that are no matrices follow a stated poli
 """
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +24,117 @@ from jaxmerge.matrices import (
     from_matrix,
     leaf_axes,
     matrix_shape,
+    output_parts,
     to_matrix,
 )
 from jaxmerge.options import Leaf, PerLeaf, choice, per_leaf
 from jaxmerge.tree import Params, is_float, named_leaves, rebuild
 
 Others = Literal["average", "task_arithmetic", "base"]
+
+Fused = Mapping[str, int | Sequence[int]]
+"""From paths to the number of equal matrices side by side in a leaf, or their sizes."""
+
+
+class Layout(NamedTuple):
+    """How a leaf is made of matrices.
+
+    Attributes:
+        axes: which axes are inputs and which are outputs.
+        parts: the numbers of outputs of the matrices that are fused in it.
+    """
+
+    axes: MatrixAxes
+    parts: tuple[int, ...]
+
+
+class MatrixPlan(NamedTuple):
+    """The trees of a merge, checked, and what is to become of each leaf.
+
+    Attributes:
+        method: the caller's name, for messages.
+        base: the start of all models.
+        leaves: the leaves of the base by path.
+        models: the leaves of each model by path.
+        layouts: how leaves are made of matrices, for those that are.
+        rest: the other leaves that hold floating-point numbers.
+        scales: what the change of a leaf is multiplied by, for both kinds.
+        others: what becomes of `rest`.
+    """
+
+    method: str
+    base: Params
+    leaves: dict[str, Any]
+    models: list[dict[str, Any]]
+    layouts: dict[str, Layout]
+    rest: list[str]
+    scales: dict[str, Any]
+    others: Others
+
+    def groups(self) -> list[list[str]]:
+        """Paths of matrices of the same shapes and dtype: what is compiled together."""
+        groups: dict[Any, list[str]] = {}
+        for path, layout in self.layouts.items():
+            leaf = self.leaves[path]
+            inputs = matrix_shape(np.shape(leaf), layout.axes)[-2]
+            groups.setdefault((inputs, layout.parts, leaf.dtype), []).append(path)
+        return list(groups.values())
+
+    def arguments(self, paths: list[str]) -> tuple[list[Any], list[list[Any]]]:
+        """The leaves of the base and of each model, side by side in one memory."""
+        bases = [self.leaves[path] for path in paths]
+        models = [
+            [sharding.join(model[path], self.leaves[path]) for path in paths]
+            for model in self.models
+        ]
+        return bases, models
+
+
+def plan_matrices(
+    base: Params,
+    models: Sequence[Params],
+    *,
+    method: str,
+    scale: PerLeaf = 1.0,
+    others: Others = "base",
+    matrices: Mapping[str, str] | None = None,
+    stack_axes: PerLeaf = 0,
+    fused: Fused | None = None,
+) -> MatrixPlan:
+    """Checks trees and finds their matrices; arguments as in `merge_matrices`.
+
+    Raises:
+        ValueError: no models, trees that are not alike, an invalid option, or a leaf of
+            which no rule says which axes are inputs and which are outputs.
+    """
+    choice(method, "others", others, ("average", "task_arithmetic", "base"))
+    check_models(method, base, models)
+    leaves = named_leaves(base)
+    layouts, rest, scales = {}, [], {}
+    for path, leaf in leaves.items():
+        if not is_float(leaf):
+            continue
+        of_leaf = Leaf(method, path, np.shape(leaf), len(models))
+        scales[path] = per_leaf(of_leaf, "scale", scale)
+        axes = _axes_of(of_leaf, matrices, stack_axes)
+        if not axes.is_matrix:
+            rest.append(path)
+        elif np.size(leaf):
+            outputs = matrix_shape(np.shape(leaf), axes)[-1]
+            layouts[path] = Layout(axes, output_parts(method, path, outputs, fused))
+    by_model = [named_leaves(model) for model in models]
+    return MatrixPlan(method, base, leaves, by_model, layouts, rest, scales, others)
+
+
+def _axes_of(
+    leaf: Leaf, matrices: Mapping[str, str] | None, stack_axes: PerLeaf
+) -> MatrixAxes:
+    try:
+        return leaf_axes(leaf.path, leaf.shape, matrices, stack_axes)  # type: ignore
+    except ValueError as error:
+        raise ValueError(
+            f"{leaf.method}: {error} Such rules are the option `matrices`."
+        ) from None
 
 
 def merge_matrices(
@@ -37,10 +143,11 @@ def merge_matrices(
     models: Sequence[Params],
     *,
     method: str,
-    scale: PerLeaf,
-    others: Others,
-    matrices: Mapping[str, str] | None,
-    stack_axes: PerLeaf,
+    scale: PerLeaf = 1.0,
+    others: Others = "base",
+    matrices: Mapping[str, str] | None = None,
+    stack_axes: PerLeaf = 0,
+    fused: Fused | None = None,
     numbers: Mapping[str, Any] | None = None,
     **choices: Any,
 ) -> tuple[Params, dict[str, Any]]:
@@ -59,119 +166,178 @@ def merge_matrices(
             of their task vectors, `"task_arithmetic"` the sum; `"base"` leaves them.
         matrices: axis patterns of leaves by path, before the presets.
         stack_axes: how many leading axes of a leaf stack independent layers.
+        fused: leaves that are several matrices with the same inputs.
         numbers: arguments of `kernel` that may be traced.
         choices: hashable arguments of `kernel` that are compiled in.
 
     Returns:
-        A tree like `base`, in its dtypes and shardings, and the reports by path, with
-        a leading axis for stacked layers.
+        A tree like `base`, in its dtypes and shardings, and the reports of all matrices
+        by path, with a leading axis for stacked layers and one for fused parts.
 
     Raises:
-        ValueError: no models, trees that are not alike, an invalid option, or a leaf of
-            which no rule says which axes are inputs and which are outputs.
+        ValueError: as `plan_matrices`.
     """
-    choice(method, "others", others, ("average", "task_arithmetic", "base"))
-    check_models(method, base, models)
-    leaves = named_leaves(base)
-    axes = {
-        path: _axes_of(method, path, leaf, matrices, stack_axes)
-        for path, leaf in leaves.items()
-        if is_float(leaf)
-    }
-    scales = {
-        path: per_leaf(
-            Leaf(method, path, np.shape(leaves[path]), len(models)), "scale", scale
-        )
-        for path in axes
-    }
-    groups: dict[Any, list[str]] = {}
-    for path, at in axes.items():
-        if at.is_matrix and np.size(leaves[path]):
-            shape = matrix_shape(np.shape(leaves[path]), at)
-            groups.setdefault((shape[-2:], leaves[path].dtype), []).append(path)
-
-    by_model = [named_leaves(model) for model in models]
+    plan = plan_matrices(
+        base,
+        models,
+        method=method,
+        scale=scale,
+        others=others,
+        matrices=matrices,
+        stack_axes=stack_axes,
+        fused=fused,
+    )
     merged, reports = {}, {}
-    for paths in groups.values():
-        of_group = [leaves[path] for path in paths]
+    for paths in plan.groups():
+        bases, of_models = plan.arguments(paths)
         results, told = _merge_group(
-            of_group,
-            [
-                [sharding.join(model[path], leaves[path]) for path in paths]
-                for model in by_model
-            ],
-            [scales[path] for path in paths],
+            bases,
+            of_models,
+            [plan.scales[path] for path in paths],
             dict(numbers or {}),
-            axes=tuple(axes[path] for path in paths),
-            targets=tuple(sharding.of(leaf) for leaf in of_group),
+            layouts=tuple(plan.layouts[path] for path in paths),
+            targets=tuple(sharding.of(leaf) for leaf in bases),
             kernel=kernel,
             choices=tuple(sorted(choices.items())),
         )
         merged |= dict(zip(paths, results, strict=True))
         reports |= dict(zip(paths, told, strict=True))
+    return rebuild(base, plan.leaves | merged | merge_others(plan)), reports
 
-    rest = [path for path, at in axes.items() if not at.is_matrix]
-    if others != "base" and rest:
-        merged |= merge_leaves(
-            _add_up,
-            [{path: model[path] for path in rest} for model in by_model],
-            lambda leaf: {"scale": scales[leaf.path]},
-            method=method,
-            base={path: leaves[path] for path in rest},
-            divide=others == "average",
+
+def map_task_matrices(
+    kernel: Kernel, plan: MatrixPlan, **choices: Any
+) -> dict[str, list[Any]]:
+    """What `kernel` makes of the task matrices of every leaf.
+
+    For methods that must know all matrices before they merge the first.
+
+    Args:
+        kernel: `kernel(deltas, **choices)`, as for `merge_matrices`, to any pytree.
+        plan: from `plan_matrices`.
+        choices: hashable arguments of `kernel` that are compiled in.
+
+    Returns:
+        By path, the result for each fused part (one, for most leaves), with leading
+        axes for stacked layers.
+    """
+    results = {}
+    for paths in plan.groups():
+        told = _map_group(
+            *plan.arguments(paths),
+            layouts=tuple(plan.layouts[path] for path in paths),
+            kernel=kernel,
+            choices=tuple(sorted(choices.items())),
         )
-    return rebuild(base, leaves | merged), reports
+        results |= dict(zip(paths, told, strict=True))
+    return results
 
 
-def _axes_of(
-    method: str,
-    path: str,
-    leaf: Any,
-    matrices: Mapping[str, str] | None,
-    stack_axes: PerLeaf,
-) -> MatrixAxes:
-    try:
-        return leaf_axes(path, np.shape(leaf), matrices, stack_axes)  # type: ignore
-    except ValueError as error:
-        raise ValueError(
-            f"{method}: {error} Such rules are the option `matrices`."
-        ) from None
+def place_matrices(plan: MatrixPlan, merged: Mapping[str, Array]) -> Params:
+    """Adds task matrices (*stack, outputs, inputs) to the base, others by policy."""
+    placed = {
+        path: _place(
+            plan.leaves[path],
+            matrix,
+            plan.scales[path],
+            axes=plan.layouts[path].axes,
+            target=sharding.of(plan.leaves[path]),
+        )
+        for path, matrix in merged.items()
+    }
+    return rebuild(plan.base, plan.leaves | placed | merge_others(plan))
 
 
-@functools.partial(jax.jit, static_argnames=("axes", "targets", "kernel", "choices"))
-def _merge_group(bases, models, scales, numbers, *, axes, targets, kernel, choices):
-    dtype = wide(bases[0].dtype)
+def merge_others(plan: MatrixPlan) -> dict[str, Any]:
+    """The leaves that are no matrices, merged by the policy of the plan."""
+    if plan.others == "base" or not plan.rest:
+        return {}
+    return merge_leaves(
+        _add_up,
+        [{path: model[path] for path in plan.rest} for model in plan.models],
+        lambda leaf: {"scale": plan.scales[leaf.path]},
+        method=plan.method,
+        base={path: plan.leaves[path] for path in plan.rest},
+        divide=plan.others == "average",
+    )
 
+
+def _add_up(deltas: Sequence[Array], *, scale: Array, divide: bool) -> Array:
+    total: Array = sum(deltas)  # type: ignore
+    return scale * total / (len(deltas) if divide else 1)
+
+
+@functools.partial(jax.jit, static_argnames=("layouts", "targets", "kernel", "choices"))
+def _merge_group(bases, models, scales, numbers, *, layouts, targets, kernel, choices):
     def merge(bases, models, scales, numbers):
-        def stack(of_model: Sequence[Array]) -> Array:
-            deltas = [
-                to_matrix(m.astype(dtype) - b.astype(dtype), at)
-                for m, b, at in zip(of_model, bases, axes, strict=True)
-            ]
-            layers = [d.reshape(-1, *d.shape[-2:]).mT for d in deltas]
-            return jnp.concatenate(layers)
-
-        def of_matrices(*deltas: Array) -> Any:
-            return kernel(deltas, **numbers, **dict(choices))
-
-        merged, reports = map_matrices(of_matrices, *(stack(m) for m in models))
-        results, told, start = [], [], 0
-        for base, at, scale in zip(bases, axes, scales, strict=True):
-            stacked = tuple(base.shape[axis] for axis in at.stack)
-            rows = slice(start, start := start + int(np.prod(stacked)))
-            delta = merged[rows].mT.reshape(*stacked, *merged.mT.shape[1:])
-            moved = base.astype(dtype) + scale * from_matrix(delta, base.shape, at)
-            results.append(moved.astype(base.dtype))
-            told.append(
-                jax.tree.map(lambda x, r=rows, s=stacked: x[r].reshape(s), reports)
+        bound = functools.partial(kernel, **numbers, **dict(choices))
+        results = _map_leaves(bound, bases, models, layouts)
+        merged = [
+            _add(base, jnp.concatenate([m for m, _ in parts], axis=-2), scale, at.axes)
+            for base, parts, scale, at in zip(
+                bases, results, scales, layouts, strict=True
             )
-        return results, told
+        ]
+        return merged, [_tell([told for _, told in parts]) for parts in results]
 
     like = (bases, jnp.zeros(()))
     results, told = sharding.auto(merge, like=like)(bases, models, scales, numbers)
     return [sharding.keep(*pair) for pair in zip(results, targets, strict=True)], told
 
 
-def _add_up(deltas: Sequence[Array], *, scale: Array, divide: bool) -> Array:
-    total: Array = sum(deltas)  # type: ignore
-    return scale * total / (len(deltas) if divide else 1)
+def _tell(of_parts: list[Any]) -> Any:
+    if len(of_parts) == 1:
+        return of_parts[0]
+    return jax.tree.map(lambda *parts: jnp.stack(parts, axis=-1), *of_parts)
+
+
+@functools.partial(jax.jit, static_argnames=("layouts", "kernel", "choices"))
+def _map_group(bases, models, *, layouts, kernel, choices):
+    def run(bases, models):
+        bound = functools.partial(kernel, **dict(choices))
+        return _map_leaves(bound, bases, models, layouts)
+
+    return sharding.auto(run, like=jnp.zeros(()))(bases, models)
+
+
+@functools.partial(jax.jit, static_argnames=("axes", "target"))
+def _place(base, matrix, scale, *, axes, target):
+    add = functools.partial(_add, axes=axes)
+    return sharding.keep(sharding.auto(add, like=base)(base, matrix, scale), target)
+
+
+def _map_leaves(
+    kernel: Kernel,
+    bases: Sequence[Array],
+    models: Sequence[Sequence[Array]],
+    layouts: Sequence[Layout],
+) -> list[list[Any]]:
+    """The results of `kernel` for each leaf and part, with stacked axes in front."""
+    dtype = wide(bases[0].dtype)
+
+    def layers(of_model: Sequence[Array]) -> Array:
+        deltas = [
+            to_matrix(model.astype(dtype) - base.astype(dtype), at.axes)
+            for model, base, at in zip(of_model, bases, layouts, strict=True)
+        ]
+        return jnp.concatenate([d.reshape(-1, *d.shape[-2:]).mT for d in deltas])
+
+    stacks = [layers(of_model) for of_model in models]
+    cuts = itertools.pairwise(itertools.accumulate(layouts[0].parts, initial=0))
+    of_parts = [
+        map_matrices(lambda *d: kernel(d), *(stack[:, slice(*cut)] for stack in stacks))
+        for cut in cuts
+    ]
+    results, start = [], 0
+    for base, at in zip(bases, layouts, strict=True):
+        stacked = tuple(base.shape[axis] for axis in at.axes.stack)
+        rows = slice(start, start := start + int(np.prod(stacked)))
+        take = lambda x, r=rows, s=stacked: x[r].reshape(*s, *x.shape[1:])  # noqa: E731
+        results.append([jax.tree.map(take, part) for part in of_parts])
+    return results
+
+
+def _add(base: Array, delta: Array, scale: Array, axes: MatrixAxes) -> Array:
+    """The leaf `base` plus a scaled task matrix (*stack, outputs, inputs)."""
+    moved = base.astype(delta.dtype) + scale * from_matrix(delta.mT, base.shape, axes)
+    return moved.astype(base.dtype)

@@ -20,8 +20,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from jaxmerge.linalg import SolveInfo, least_squares, polar
-from jaxmerge.matrixwise import Others, merge_matrices
+from jaxmerge.linalg import SolveInfo, leading_svd, least_squares, matmul, polar
+from jaxmerge.matrixwise import Fused, Others, merge_matrices
 from jaxmerge.numerics import norm
 from jaxmerge.options import PerLeaf, whole_number
 from jaxmerge.registry import register
@@ -47,6 +47,7 @@ def sftm(
     info: bool = False,
     matrices: Mapping[str, str] | None = None,
     stack_axes: PerLeaf = 0,
+    fused: Fused | None = None,
 ) -> Any:
     r"""Superposes the singular features of all tasks so that each keeps its strength.
 
@@ -79,6 +80,9 @@ def sftm(
             `jaxmerge.matrices`.
         stack_axes: how many leading axes of a leaf stack independent layers; a number
             or rules.
+        fused: leaves that hold several matrices side by side, such as queries, keys
+            and values: `{".*in_proj_weight": 3}` for three of equal size, or a list
+            of the numbers of their outputs. Each is merged on its own.
 
     Returns:
         A pytree like `base`, in its dtypes and shardings; arithmetic is in float32.
@@ -106,6 +110,7 @@ def sftm(
         others=others,
         matrices=matrices,
         stack_axes=stack_axes,
+        fused=fused,
         numbers={"ridge": ridge, "rtol": rtol},
         rank=None if rank is None else whole_number("sftm", "rank", rank, least=1),
         max_steps=whole_number("sftm", "max_steps", max_steps, least=1),
@@ -128,8 +133,8 @@ def _superpose(
     right = jnp.concatenate(list(vt), axis=0)
     strengths = sigma.ravel() * weight
     return least_squares(
-        lambda m: jnp.sum(_matmul(left.T, m) * right, axis=1),
-        lambda y: _matmul(left * y[None], right),
+        lambda m: jnp.sum(matmul(left.T, m) * right, axis=1),
+        lambda y: matmul(left * y[None], right),
         strengths,
         ridge=ridge,
         rtol=rtol,
@@ -153,6 +158,7 @@ def tsv_merge(
     others: Others = "average",
     matrices: Mapping[str, str] | None = None,
     stack_axes: PerLeaf = 0,
+    fused: Fused | None = None,
 ) -> Params:
     r"""Adds up the leading singular features of all tasks, made orthogonal first.
 
@@ -174,6 +180,9 @@ def tsv_merge(
             `jaxmerge.matrices`.
         stack_axes: how many leading axes of a leaf stack independent layers; a number
             or rules.
+        fused: leaves that hold several matrices side by side, such as queries, keys
+            and values: `{".*in_proj_weight": 3}` for three of equal size, or a list
+            of the numbers of their outputs. Each is merged on its own.
 
     Returns:
         A pytree like `base`, in its dtypes and shardings; arithmetic is in float32.
@@ -199,6 +208,7 @@ def tsv_merge(
         others=others,
         matrices=matrices,
         stack_axes=stack_axes,
+        fused=fused,
         rank=None if rank is None else whole_number("tsv_merge", "rank", rank, least=1),
     )[0]
 
@@ -212,7 +222,7 @@ def _orthogonalise(
     present = (s > 1e-6 * jnp.max(s, axis=1, keepdims=True)).astype(s.dtype)
     left = polar(jnp.concatenate(list(u * present[:, None]), axis=1))
     right = polar(jnp.concatenate(list(vt * present[..., None]), axis=0))
-    return _matmul(left * s.ravel()[None], right), ()
+    return matmul(left * s.ravel()[None], right), ()
 
 
 @register(
@@ -229,6 +239,7 @@ def iso_c(
     others: Others = "average",
     matrices: Mapping[str, str] | None = None,
     stack_axes: PerLeaf = 0,
+    fused: Fused | None = None,
 ) -> Params:
     r"""Gives all singular values of the summed task matrix their mean (Iso-C).
 
@@ -246,6 +257,9 @@ def iso_c(
             `jaxmerge.matrices`.
         stack_axes: how many leading axes of a leaf stack independent layers; a number
             or rules.
+        fused: leaves that hold several matrices side by side, such as queries, keys
+            and values: `{".*in_proj_weight": 3}` for three of equal size, or a list
+            of the numbers of their outputs. Each is merged on its own.
 
     Returns:
         A pytree like `base`, in its dtypes and shardings; arithmetic is in float32.
@@ -271,12 +285,13 @@ def iso_c(
         others=others,
         matrices=matrices,
         stack_axes=stack_axes,
+        fused=fused,
     )[0]
 
 
 def _flatten_spectrum(deltas: Sequence[Array]) -> tuple[Array, tuple[()]]:
     u, s, vt = jnp.linalg.svd(sum(deltas), full_matrices=False)  # type: ignore
-    return jnp.mean(s) * _matmul(u, vt), ()
+    return jnp.mean(s) * matmul(u, vt), ()
 
 
 @register(
@@ -294,6 +309,7 @@ def iso_cts(
     others: Others = "average",
     matrices: Mapping[str, str] | None = None,
     stack_axes: PerLeaf = 0,
+    fused: Fused | None = None,
 ) -> Params:
     r"""Flattens the spectra of a common subspace and of one per task (Iso-CTS).
 
@@ -315,6 +331,9 @@ def iso_cts(
             `jaxmerge.matrices`.
         stack_axes: how many leading axes of a leaf stack independent layers; a number
             or rules.
+        fused: leaves that hold several matrices side by side, such as queries, keys
+            and values: `{".*in_proj_weight": 3}` for three of equal size, or a list
+            of the numbers of their outputs. Each is merged on its own.
 
     Returns:
         A pytree like `base`, in its dtypes and shardings; arithmetic is in float32.
@@ -342,6 +361,7 @@ def iso_cts(
         others=others,
         matrices=matrices,
         stack_axes=stack_axes,
+        fused=fused,
         common=float(common),
     )[0]
 
@@ -357,19 +377,13 @@ def _flatten_subspaces(
         return _flatten_spectrum(deltas)
     u, s, vt = jnp.linalg.svd(sum(deltas), full_matrices=False)  # type: ignore
     u, s, vt = u[:, :shared], s[:shared], vt[:shared]
-    outside = [delta - _matmul(u, _matmul(u.T, delta)) for delta in deltas]
+    outside = [delta - matmul(u, matmul(u.T, delta)) for delta in deltas]
     own_u, own_s, own_vt = _features(outside, own)
     left = polar(jnp.concatenate([*own_u, u], axis=1))
     right = polar(jnp.concatenate([*own_vt, vt], axis=0))
-    return jnp.mean(jnp.concatenate([*own_s, s])) * _matmul(left, right), ()
+    return jnp.mean(jnp.concatenate([*own_s, s])) * matmul(left, right), ()
 
 
 def _features(deltas: Sequence[Array], rank: int | None) -> tuple[Array, Array, Array]:
     """The leading triplets of T task matrices: (T, m, r), (T, r) and (T, r, n)."""
-    u, s, vt = jnp.linalg.svd(jnp.stack(deltas), full_matrices=False)
-    return u[..., :rank], s[..., :rank], vt[..., :rank, :]
-
-
-def _matmul(a: Array, b: Array) -> Array:
-    # Where matrix units round to fewer bits, the small entries of Grams would drown.
-    return jnp.matmul(a, b, precision="highest")
+    return leading_svd(jnp.stack(deltas), rank)
