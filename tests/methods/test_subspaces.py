@@ -4,34 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matrix_tasks import close, merged_matrix, orthogonal_tasks, random_matrices
 
 import jaxmerge as jm
 from jaxmerge.linalg import least_squares, polar
-
-METHODS = [jm.sftm, jm.tsv_merge, jm.iso_c, jm.iso_cts]
-every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.__name__)
-
-
-def merged_matrix(method, matrices, **options):
-    """Merges task matrices (outputs, inputs) and returns the merged one."""
-    base = {"kernel": np.zeros(matrices[0].T.shape, np.float32)}
-    models = [{"kernel": np.float32(m.T)} for m in matrices]
-    return np.asarray(method(base, models, **options)["kernel"]).T
-
-
-def random_matrices(count=4, shape=(12, 9), rank=None, seed=0):
-    draw = np.random.default_rng(seed).standard_normal
-    rank = rank or min(shape)
-    return [draw((shape[0], rank)) @ draw((rank, shape[1])) for _ in range(count)]
-
-
-def orthogonal_tasks(count=3, rank=2, shape=(12, 9), seed=0):
-    """Tasks whose singular vectors are orthogonal, with distinct singular values."""
-    draw = np.random.default_rng(seed).standard_normal
-    u, v = (np.linalg.qr(draw((n, count * rank)))[0] for n in shape)
-    spectra = np.arange(1, count * rank + 1.0).reshape(count, rank)
-    blocks = [slice(t * rank, (t + 1) * rank) for t in range(count)]
-    return [(u[:, b] * s) @ v[:, b].T for b, s in zip(blocks, spectra, strict=True)]
 
 
 def features(matrices, rank):
@@ -57,11 +33,6 @@ def polar_by_eigenvalues(x):
     values, q = np.linalg.eigh(x.T @ x)
     kept = values > 1e-10 * values.max()
     return x @ (q[:, kept] / np.sqrt(values[kept])) @ q[:, kept].T
-
-
-def close(got, want, rtol=2e-5):
-    scale = np.abs(want).max() or 1.0
-    np.testing.assert_allclose(got, want, atol=rtol * scale)
 
 
 @pytest.mark.parametrize("rank", [None, 1, 3])
@@ -162,99 +133,6 @@ def test_iso_cts_with_everything_common_is_iso_c():
     tasks = random_matrices()
     want = merged_matrix(jm.iso_c, tasks)
     close(merged_matrix(jm.iso_cts, tasks, common=1.0), want)
-
-
-@every_method
-def test_order_scale_and_layout_of_tasks(method):
-    tasks = random_matrices()
-    want = merged_matrix(method, tasks)
-    close(merged_matrix(method, tasks[::-1]), want, rtol=1e-4)
-    close(merged_matrix(method, [3 * t for t in tasks]), 3 * want, rtol=1e-4)
-    base = {"layer.weight": np.zeros((12, 9), np.float32)}
-    models = [{"layer.weight": np.float32(t)} for t in tasks]
-    np.testing.assert_allclose(method(base, models)["layer.weight"], want, atol=1e-5)
-
-
-@every_method
-def test_zero_and_opposite_tasks_and_single_rows_are_defined(method):
-    task, other = random_matrices(2)
-    for tasks in ([0 * task, 0 * task], [task, 0 * task], [task, -task]):
-        assert np.isfinite(merged_matrix(method, tasks)).all()
-    close(merged_matrix(method, [task * 0] * 3), task * 0)
-    rows = [task[:1], other[:1]]
-    assert np.isfinite(merged_matrix(method, rows)).all()
-
-
-@every_method
-def test_leaves_that_are_no_matrices_follow_a_policy(method):
-    base = {"bias": jnp.zeros(2), "embedding": jnp.zeros((3, 2))}
-    models = [jax.tree.map(lambda x, i=i: x + i, base) for i in (1.0, 2.0)]
-    expected = {"average": 1.5, "task_arithmetic": 3.0, "base": 0.0}
-    for others, value in expected.items():
-        merged = method(base, models, others=others, scale=2.0)
-        for leaf in merged.values():
-            np.testing.assert_allclose(leaf, 2 * value)
-    with pytest.raises(ValueError, match="others is 'mean'; it must be one of"):
-        method(base, models, others="mean")
-
-
-@every_method
-def test_leaves_of_one_shape_are_merged_as_each_alone(method):
-    names = [f"block_{i}" for i in range(3)]
-    draw = np.random.default_rng(0).standard_normal
-    trees = [
-        {n: {"query": {"kernel": np.float32(draw((6, 2, 4)))}} for n in names}
-        for _ in range(4)
-    ]
-    scale = {"block_0.*": 0.5, ".*": 1.0}
-    together = method(trees[0], trees[1:], scale=scale)
-    for name in names:
-        base, *models = ({name: tree[name]} for tree in trees)
-        alone = method(base, models, scale=scale)[name]["query"]["kernel"]
-        np.testing.assert_allclose(together[name]["query"]["kernel"], alone, atol=1e-5)
-
-
-@every_method
-def test_no_collective_inside_and_layers_spread_over_devices(method, mesh):
-    draw = np.random.default_rng(0).standard_normal
-    base, *models = (
-        {f"block_{i}": {"kernel": np.float32(draw((16, 8)))} for i in range(8)}
-        for _ in range(3)
-    )
-    want = method(base, models)
-    rules = {".*": jax.sharding.PartitionSpec("data", "model")}
-    placed = [jm.place(tree, mesh, rules) for tree in (base, *models)]
-    got = method(placed[0], placed[1:])
-    for name, leaf in want.items():
-        np.testing.assert_allclose(got[name]["kernel"], leaf["kernel"], atol=2e-5)
-        assert got[name]["kernel"].sharding == placed[0][name]["kernel"].sharding
-
-
-@every_method
-def test_a_leaf_that_no_rule_knows_is_named_with_the_remedy(method):
-    tree = {"odd": {"tensor": np.zeros((2, 3, 4))}}
-    with pytest.raises(ValueError, match=r"odd/tensor.*are the option `matrices`"):
-        method(tree, [tree])
-    merged = method(tree, [tree], matrices={".*tensor": "iio"})
-    assert merged["odd"]["tensor"].shape == (2, 3, 4)
-
-
-@every_method
-def test_gradients_by_scale_and_where_there_are_any_by_models(method):
-    base, *models = ({"kernel": np.float32(m)} for m in random_matrices(3))
-
-    def total(scale, models):
-        return jnp.sum(method(base, models, scale=scale)["kernel"] ** 2)
-
-    slope = jax.grad(total)(0.5, models)
-    numeric = (total(0.51, models) - total(0.49, models)) / 0.02
-    assert slope == pytest.approx(float(numeric), rel=1e-2)
-    if method is jm.sftm:
-        with pytest.raises(ValueError, match="Reverse-mode differentiation"):
-            jax.grad(total, argnums=1)(0.5, models)
-    elif method is not jm.iso_cts:
-        slopes = jax.grad(total, argnums=1)(0.5, models)
-        assert all(np.isfinite(leaf["kernel"]).all() for leaf in slopes)
 
 
 @pytest.mark.parametrize("bad", [0, -1, 2.0, True])
