@@ -4,34 +4,48 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxmerge.adapters import core_space, tsv_compress
     from jaxmerge.analysis import compare
-    from jaxmerge.checkpoints import load, open_checkpoint, save
+    from jaxmerge.calibration import calibrate, subspace_boost
+    from jaxmerge.checkpoints import load, load_adapter, open_checkpoint, save
     from jaxmerge.leafwise import task_vector
     from jaxmerge.linalg import map_matrices
+    from jaxmerge.lowrank import LowRank, apply_adapter
     from jaxmerge.matrices import MatrixAxes, matrix_axes
     from jaxmerge.merging import merge_checkpoints
+    from jaxmerge.methods.alignment import knots
     from jaxmerge.methods.arithmetic import magmax, task_arithmetic
     from jaxmerge.methods.averaging import average, model_stock
     from jaxmerge.methods.dropping import dare, della
+    from jaxmerge.methods.interference import wudi
     from jaxmerge.methods.spherical import slerp
     from jaxmerge.methods.subspaces import iso_c, iso_cts, sftm, tsv_merge
     from jaxmerge.methods.trimming import breadcrumbs, ties
+    from jaxmerge.methods.truncating import cart, dc_merge, star
     from jaxmerge.recipes import Recipe, load_recipe
     from jaxmerge.sharding import place
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LowRank",
     "MatrixAxes",
     "Recipe",
+    "apply_adapter",
     "average",
     "breadcrumbs",
+    "calibrate",
+    "cart",
     "compare",
+    "core_space",
     "dare",
+    "dc_merge",
     "della",
     "iso_c",
     "iso_cts",
+    "knots",
     "load",
+    "load_adapter",
     "load_recipe",
     "magmax",
     "map_matrices",
@@ -43,27 +57,37 @@ __all__ = [
     "save",
     "sftm",
     "slerp",
+    "star",
+    "subspace_boost",
     "task_arithmetic",
     "task_vector",
     "ties",
+    "tsv_compress",
     "tsv_merge",
+    "wudi",
 ]
 
 # Where the names above are at home. They are imported on first use, so that the command
 # line answers before JAX is loaded.
 _HOMES = {
+    "adapters": ["core_space", "tsv_compress"],
     "analysis": ["compare"],
-    "checkpoints": ["load", "open_checkpoint", "save"],
+    "calibration": ["calibrate", "subspace_boost"],
+    "checkpoints": ["load", "load_adapter", "open_checkpoint", "save"],
     "leafwise": ["task_vector"],
     "linalg": ["map_matrices"],
+    "lowrank": ["LowRank", "apply_adapter"],
     "matrices": ["MatrixAxes", "matrix_axes"],
     "merging": ["merge_checkpoints"],
+    "methods.alignment": ["knots"],
     "methods.arithmetic": ["magmax", "task_arithmetic"],
     "methods.averaging": ["average", "model_stock"],
     "methods.dropping": ["dare", "della"],
+    "methods.interference": ["wudi"],
     "methods.spherical": ["slerp"],
     "methods.subspaces": ["iso_c", "iso_cts", "sftm", "tsv_merge"],
     "methods.trimming": ["breadcrumbs", "ties"],
+    "methods.truncating": ["cart", "dc_merge", "star"],
     "recipes": ["Recipe", "load_recipe"],
     "sharding": ["place"],
 }

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from jaxmerge.analysis import Comparison, Statistics
+    from jaxmerge.checkpoints.peft_files import PeftAdapter
     from jaxmerge.registry import Method
 
 
@@ -79,12 +80,14 @@ def _parser() -> argparse.ArgumentParser:
     methods = add("methods", _methods, "List the merge methods, or describe one")
     methods.add_argument("name", metavar="NAME", nargs="?")
 
-    inspect = add("inspect", _inspect, "List the leaves of a checkpoint")
+    inspect = add("inspect", _inspect, "List the leaves of a checkpoint or adapter")
     inspect.add_argument("checkpoint", metavar="CKPT", help="file or directory")
 
     compare = add("compare", _compare, "Measure how models differ from their base")
     compare.add_argument("base", metavar="BASE", help="checkpoint of the start")
-    compare.add_argument("models", metavar="MODEL", nargs="+", help="checkpoint")
+    compare.add_argument(
+        "models", metavar="MODEL", nargs="+", help="checkpoint, or LoRA adapter to BASE"
+    )
     compare.add_argument("--csv", metavar="FILE", help="also write a row per leaf")
 
     demo = add("demo", _demo, "Train, merge and compare small models")
@@ -187,9 +190,13 @@ def _describe(method: "Method") -> None:
 
 def _inspect(arguments: argparse.Namespace) -> None:
     import math
+    from pathlib import Path
 
-    from jaxmerge.checkpoints import open_checkpoint
+    from jaxmerge.checkpoints import is_adapter, open_adapter, open_checkpoint
 
+    if is_adapter(Path(arguments.checkpoint)):
+        _describe_adapter(open_adapter(Path(arguments.checkpoint)))
+        return
     checkpoint = open_checkpoint(arguments.checkpoint)
     rows = [
         (name, str(list(info.shape)), str(info.dtype), _size(info.nbytes))
@@ -204,6 +211,20 @@ def _inspect(arguments: argparse.Namespace) -> None:
     print(f"Format: {_format(checkpoint.path)}")
 
 
+def _describe_adapter(adapter: "PeftAdapter") -> None:
+    rows = [
+        (name, str(list(adapter.product_shape(name))), str(f.rank), f"{f.scaling:g}")
+        for name, f in adapter.factors.items()
+    ]
+    rows += [
+        (name, str(list(adapter.whole_shape(name))), "whole", "-")
+        for name in adapter.whole
+    ]
+    _print_table(["Leaf of the base", "Outputs, inputs", "Rank", "Scaling"], rows)
+    print(f"{len(adapter.names)} leaves changed, of the base {adapter.base_name!r}")
+    print("Format: PEFT LoRA adapter, which adds scaling * B @ A")
+
+
 def _format(path: Any) -> str:
     if path.is_dir():
         return "safetensors, directory in Hugging Face layout"
@@ -215,9 +236,9 @@ def _compare(arguments: argparse.Namespace) -> None:
     from jaxmerge.checkpoints import open_checkpoint
 
     paths = dict(zip(_short_names(arguments.models), arguments.models, strict=True))
+    base = open_checkpoint(arguments.base)
     result = compare_checkpoints(
-        open_checkpoint(arguments.base),
-        {name: open_checkpoint(path) for name, path in paths.items()},
+        base, {name: open_checkpoint(path, base) for name, path in paths.items()}
     )
     total, names = result.total, result.names
     rows = [

@@ -107,8 +107,33 @@ def polar(x: Array, rtol: float = 1e-6) -> Array:
          [0. 0.]]
     """
     u, s, vt = jnp.linalg.svd(x, full_matrices=False)
-    kept = (s > rtol * jnp.max(s, initial=0)).astype(x.dtype)
-    return matmul(u * kept[None], vt)
+    return matmul(u * nonzero(s, rtol).astype(x.dtype)[None], vt)
+
+
+def nonzero(s: Array, rtol: Array | float = 1e-6) -> Array:
+    """Which singular values (*stack, r) are above `rtol` times the largest."""
+    return s > rtol * jnp.max(s, axis=-1, initial=0, keepdims=True)
+
+
+def joint_bases(u: Array, s: Array, vt: Array) -> tuple[Array, Array]:
+    """The orthonormal bases nearest to the singular vectors of all matrices together.
+
+    Vectors whose singular value is zero become zero: what has no strength must not take
+    a direction away from others.
+
+    Args:
+        u: (T, m, r), of T matrices (m, n), as from `leading_svd`.
+        s: (T, r).
+        vt: (T, r, n).
+
+    Returns:
+        The polar factors of the left singular vectors side by side (m, T * r), and of
+        the right ones one below the other (T * r, n).
+    """
+    present = nonzero(s).astype(s.dtype)
+    left = polar(jnp.concatenate(list(u * present[:, None]), axis=1))
+    right = polar(jnp.concatenate(list(vt * present[..., None]), axis=0))
+    return left, right
 
 
 def leading_svd(x: Array, rank: int | None = None) -> tuple[Array, Array, Array]:
@@ -164,10 +189,13 @@ class SolveInfo(NamedTuple):
     Attributes:
         steps: how many steps were taken.
         residual: norm of what is left of the equations, over that of their right side.
+        indefinite: whether the operator turned out not to be positive semidefinite, so
+            that there is nothing to minimise; the last iterate before is kept.
     """
 
     steps: Array
     residual: Array
+    indefinite: Array
 
 
 def least_squares(
@@ -226,4 +254,127 @@ def least_squares(
         square,
     )
     steps, x, rest, *_ = jax.lax.while_loop(unfinished, step, start)
-    return x, SolveInfo(steps, safe_divide(norm(rest), norm(right)))
+    left = safe_divide(norm(rest), norm(right))
+    return x, SolveInfo(steps, left, jnp.zeros((), bool))
+
+
+class _Descent(NamedTuple):
+    """The state of conjugate gradients; `rest` and `x` in units of the first rest.
+
+    Attributes:
+        steps: how many steps were taken.
+        x: the way from the start.
+        rest: what is left of the equations.
+        direction: where the next step goes.
+        slope: the product of `rest` with itself, in the metric of the preconditioner.
+        square: that of `direction`.
+        steepest: the largest curvature met, per square.
+        stuck: whether a step was refused.
+        indefinite: whether that was because the curvature was negative.
+    """
+
+    steps: Array
+    x: Array
+    rest: Array
+    direction: Array
+    slope: Array
+    square: Array
+    steepest: Array
+    stuck: Array
+    indefinite: Array
+
+
+def conjugate_gradient(
+    apply: Callable[[Array], Array],
+    right: Array,
+    start: Array,
+    *,
+    precondition: Callable[[Array], Array] | None = None,
+    rtol: Array | float = 1e-6,
+    atol: Array | float = 0.0,
+    max_steps: int = 200,
+) -> tuple[Array, SolveInfo]:
+    """Solves apply(x) = right, from a start, without a matrix.
+
+    The method of Hestenes and Stiefel. Where the system is singular, the start decides:
+    nothing is added in directions that `apply` maps to zero. Stopped early, it has gone
+    furthest in the directions of largest curvature. Under `jax.vmap`, each system stops
+    on its own.
+
+    Args:
+        apply: a linear function, symmetric and positive semidefinite.
+        right: the right side, an array of any shape.
+        start: an array like `right`.
+        precondition: a linear function, symmetric and positive semidefinite, near to
+            the inverse of `apply`. It changes where early steps go.
+        rtol: stops when the norm of the residual is this share of that of the right
+            side, or where that is zero, of the first residual's,
+        atol: or when it is this value.
+        max_steps: the most steps.
+
+    Returns:
+        The last iterate, and a `SolveInfo`, with the residual recomputed. A step along
+        which the curvature is negative, or vanishes up to rounding, is not taken. It
+        cannot be differentiated in reverse: the number of steps depends on the values.
+
+    Example:
+        >>> matrix = jax.numpy.array([[2.0, 1.0], [1.0, 3.0]])
+        >>> right = jax.numpy.array([3.0, 4.0])
+        >>> x, info = conjugate_gradient(matrix.dot, right, jax.numpy.zeros(2))
+        >>> print(x.round(4), info.steps)
+        [1. 1.] 2
+    """
+    precondition = precondition or (lambda rest: rest)
+    rest = right - apply(start)
+    first, size = norm(rest), norm(right)
+    size = jnp.where(size > 0, size, first)
+    # In this unit, squares of small numbers do not vanish.
+    unit = jnp.where(first > 0, first, 1)
+    small = jnp.maximum(rtol * size, atol) / unit
+    rounding = 8 * jnp.finfo(rest.dtype).eps
+
+    def unfinished(state: _Descent) -> Array:
+        left = jnp.sum(state.rest * state.rest)
+        return (state.steps < max_steps) & (left > small**2) & ~state.stuck
+
+    def step(state: _Descent) -> _Descent:
+        image = apply(state.direction)
+        curvature = jnp.sum(state.direction * image)
+        steepness = safe_divide(curvature, state.square)
+        steepest = jnp.maximum(state.steepest, steepness)
+        stuck = ~(steepness > rounding * steepest)
+        length = jnp.where(stuck, 0, state.slope / jnp.where(stuck, 1, curvature))
+        rest = state.rest - length * image
+        nearer = precondition(rest)
+        slope = jnp.sum(rest * nearer)
+        keep = safe_divide(slope, state.slope)
+        return _Descent(
+            state.steps + ~stuck,
+            state.x + length * state.direction,
+            rest,
+            nearer + keep * state.direction,
+            slope,
+            slope + keep * keep * state.square,
+            steepest,
+            stuck,
+            ~(steepness >= -rounding * steepest),
+        )
+
+    direction = precondition(rest / unit)
+    slope = jnp.sum(rest / unit * direction)
+    no, zero = jnp.zeros((), bool), jnp.zeros_like(slope)
+    begin = _Descent(
+        steps=jnp.zeros((), jnp.int32),
+        x=jnp.zeros_like(rest),
+        rest=rest / unit,
+        direction=direction,
+        slope=slope,
+        square=slope,
+        steepest=zero,
+        stuck=no,
+        indefinite=no,
+    )
+    end = jax.lax.while_loop(unfinished, step, begin)
+    x = start + unit * end.x
+    left = safe_divide(norm(right - apply(x)), size)
+    return x, SolveInfo(end.steps, left, end.indefinite)

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from jaxmerge.checkpoints import REPORT_NAME, Checkpoint, CheckpointError, Writer
+from jaxmerge.matrixwise import plan_matrices
 from jaxmerge.planning import Inputs, MergeError, Step, open_inputs, plan_leaves
 from jaxmerge.recipes import Recipe
 from jaxmerge.registry import methods
@@ -78,9 +79,10 @@ def merge_checkpoints(
 
     written = {n: step.out for n, step in steps.items() if step.treatment != "skipped"}
     total, done = sum(info.nbytes for info in written.values()), 0
+    kinds = _kinds(recipe, inputs, steps)
     leaves = {
         name: LeafReport(
-            step.treatment,
+            kinds.get(name, step.treatment),
             dtype_in=str(step.source.leaves[name].dtype),
             dtype_out=str(step.out.dtype) if name in written else None,
         )
@@ -133,6 +135,23 @@ def _try_on_shapes(
         raise MergeError(f"{recipe.source}: {error}") from error
 
 
+def _kinds(recipe: Recipe, inputs: Inputs, steps: Mapping[str, Step]) -> dict[str, str]:
+    """What becomes of leaves that are no matrices, where only matrices are merged."""
+    options = {
+        name: recipe.options.get(name, option.default)
+        for name, option in methods()[recipe.method].options.items()
+        if name in ("others", "matrices", "stack_axes", "fused")
+    }
+    if "others" not in options:
+        return {}
+    shapes = {
+        name: jax.ShapeDtypeStruct(*inputs.like.leaves[name])
+        for name in _merged_names(steps)
+    }
+    plan = plan_matrices(shapes, [shapes], method=recipe.method, **options)
+    return dict.fromkeys(plan.rest, f"no matrix: {plan.others}")
+
+
 def _merged_names(steps: Mapping[str, Step]) -> list[str]:
     return [name for name, step in steps.items() if step.treatment == "merged"]
 
@@ -150,7 +169,7 @@ def _arrays_out(
     names = _merged_names(steps)
     whole = methods()[recipe.method].needs_whole_model(recipe.options)
     for group in [names] if whole else [[name] for name in names]:
-        merged = _merge_group(recipe, inputs, group, call)
+        merged = _merge_group(recipe, inputs, {n: steps[n] for n in group}, call)
         for name in group:
             array = np.asarray(merged.pop(name))
             _check_finite(recipe, inputs, name, [array])
@@ -166,23 +185,22 @@ def _check_finite(
 
 
 def _merge_group(
-    recipe: Recipe, inputs: Inputs, names: Sequence[str], call: _Call
+    recipe: Recipe, inputs: Inputs, steps: Mapping[str, Step], call: _Call
 ) -> dict[str, Any]:
     def read(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-        return {name: checkpoint.read(name) for name in names}
+        return {name: checkpoint.read(name) for name in steps}
 
     base = None if inputs.base is None else read(inputs.base)
     models = [read(model) for model in inputs.models.values()]
     everyone = models if base is None else [base, *models]
-    for name in names:
+    for name in steps:
         # Methods that compare magnitudes would drop a NaN without a trace.
         _check_finite(recipe, inputs, name, [leaves[name] for leaves in everyone])
-    like = everyone[0]
-    if recipe.dtype is not None:
+    like = everyone[0] if methods()[recipe.method].needs_base else models[0]
+    for name, leaf in like.items():
         # The result has the dtype of these leaves and must not be rounded twice.
-        for name, leaf in like.items():
-            wide = np.promote_types(leaf.dtype, np.float32)
-            like[name] = leaf if leaf.dtype == recipe.dtype else leaf.astype(wide)
+        if leaf.dtype != steps[name].out.dtype:
+            like[name] = leaf.astype(np.promote_types(leaf.dtype, np.float32))
     with _precision(like.values()):
         return jax.device_get(call(base, models))
 

@@ -29,6 +29,13 @@ class Count(NamedTuple):
     def __add__(self, other: "Count") -> "Count":  # type: ignore[override]
         return _carry(self.high + other.high, self.low + other.low)
 
+    def share(self, density: Array | float) -> "Count":
+        """`density` times the number, rounded down; a share in [0, 1], in float32."""
+        number = jnp.floor(density * (self.high * float(1 << LOW_BITS) + self.low))
+        high = jnp.floor(number / (1 << LOW_BITS))
+        low = number - high * (1 << LOW_BITS)
+        return Count(high.astype(jnp.uint32), low.astype(jnp.uint32))
+
     def __ge__(self, other: "Count") -> Array:  # type: ignore[override]
         same = (self.high == other.high) & (self.low >= other.low)
         return (self.high > other.high) | same

@@ -81,20 +81,7 @@ def per_leaf(
             f"{_option_of(leaf, name)} is {option!r}; it must be one number, "
             "or rules from leaf paths to numbers."
         )
-    if isinstance(option, Tracer):
-        if static:
-            raise ValueError(
-                f"{_option_of(leaf, name)} is traced, but it sets a count; "
-                "pass a Python number (under jit: a static argument)."
-            )
-        return option
-    if not math.isfinite(option):
-        raise ValueError(f"{_option_of(leaf, name)} is {float(option)}, not finite.")
-    if within and not _inside(float(option), within):
-        raise ValueError(
-            f"{_option_of(leaf, name)} is {float(option):g}; it must be in {within}."
-        )
-    return option if isinstance(option, jax.Array) and not static else float(option)
+    return _checked(_option_of(leaf, name), option, within, static)
 
 
 def per_model(
@@ -121,6 +108,15 @@ def per_model(
         per_leaf(leaf, f"{name}[{i}]", value, within, static)
         for i, value in enumerate(values)
     ]
+
+
+def number(
+    method: str, name: str, option: Any, within: str = "", static: bool = False
+) -> Any:
+    """The value of an option that is one number for all leaves; else as `per_leaf`."""
+    if not _is_number(option):
+        raise ValueError(f"{method}: {name} is {option!r}; it must be one number.")
+    return _checked(f"{method}: {name}", option, within, static)
 
 
 def choice(method: str, name: str, value: Any, choices: Sequence[Any]) -> None:
@@ -164,6 +160,21 @@ def without_effect(
             f"{method}: {name} has no effect without {needs}; leave {name} out, or "
             f"set {needs}."
         )
+
+
+def _checked(label: str, option: Any, within: str, static: bool) -> Any:
+    if isinstance(option, Tracer):
+        if static:
+            raise ValueError(
+                f"{label} is traced, but it sets a count; "
+                "pass a Python number (under jit: a static argument)."
+            )
+        return option
+    if not math.isfinite(option):
+        raise ValueError(f"{label} is {float(option)}, not finite.")
+    if within and not _inside(float(option), within):
+        raise ValueError(f"{label} is {float(option):g}; it must be in {within}.")
+    return option if isinstance(option, jax.Array) and not static else float(option)
 
 
 def _is_number(option: Any) -> bool:

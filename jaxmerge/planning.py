@@ -8,9 +8,13 @@ import numpy as np
 
 from jaxmerge.checkpoints import Checkpoint, LeafInfo, open_checkpoint
 from jaxmerge.recipes import Recipe, rules_in
-from jaxmerge.tree import first_match, is_float
+from jaxmerge.tree import first_match, is_factor, is_float
 
 _SHOWN = 20
+_FACTORS = (
+    "factors of LoRA updates, of which only products can be merged (name the directory "
+    "of the adapter, with its adapter_config.json, and a base)"
+)
 
 
 class MergeError(ValueError):
@@ -18,7 +22,10 @@ class MergeError(ValueError):
 
 
 class Inputs(NamedTuple):
-    """The checkpoints of a recipe, opened; `models` by name."""
+    """The checkpoints of a recipe, opened; `models` by name.
+
+    A method without a base has one here only if models are adapters to it.
+    """
 
     base: Checkpoint | None
     models: dict[str, Checkpoint]
@@ -55,13 +62,13 @@ class Step(NamedTuple):
 
 
 def open_inputs(recipe: Recipe) -> Inputs:
-    """Opens all checkpoints of a recipe.
+    """Opens all checkpoints of a recipe; adapters as the models they make of its base.
 
     Raises:
-        CheckpointError: one is missing or damaged.
+        CheckpointError: one is missing or damaged, or an adapter does not fit the base.
     """
     base = None if recipe.base is None else open_checkpoint(recipe.base)
-    models = {name: open_checkpoint(path) for name, path in recipe.models.items()}
+    models = {n: open_checkpoint(path, base) for n, path in recipe.models.items()}
     return Inputs(base, models)
 
 
@@ -84,7 +91,9 @@ def plan_leaves(recipe: Recipe, inputs: Inputs) -> dict[str, Step]:
             if name in checkpoint.leaves
         }
         action = _taken(recipe.take, name)
-        if action is None and (difference := _difference(infos, checkpoints)):
+        if action is None and is_factor(name):
+            unlike[name] = _FACTORS
+        elif action is None and (difference := _difference(infos, checkpoints)):
             unlike[name] = difference
         elif action == "base" and "base" not in infos:
             unlike[name] = "to be taken from the base, which has not got it"

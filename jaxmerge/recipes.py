@@ -2,9 +2,9 @@
 
 ```yaml
 method: ties
-base: checkpoints/start            # methods without a base have none
+base: checkpoints/start            # methods without a base need it for adapters only
 models:
-  - checkpoints/math               # a path, or
+  - checkpoints/math               # a path, also of a LoRA adapter to the base, or
   - path: checkpoints/code         #   a path and a name
     name: code
 options:                           # keyword parameters of the method
@@ -33,7 +33,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from jax import Array
 
-from jaxmerge.checkpoints import MAX_SHARD_BYTES
+from jaxmerge.checkpoints import MAX_SHARD_BYTES, is_adapter
 from jaxmerge.recipe_syntax import (
     Place,
     Problem,
@@ -76,9 +76,10 @@ class Recipe:
 
     Attributes:
         method: the name of a registered method.
-        models: name -> checkpoint of each model, in order. Methods that draw at random
-            draw by name.
-        base: the checkpoint of the common start, for methods that have one.
+        models: name -> checkpoint of each model, or LoRA adapter to the base, in order.
+            Methods that draw at random draw by name.
+        base: the checkpoint of the common start, for methods that have one; for others
+            only where `models` has LoRA adapters, which belong to it.
         options: keyword parameters of the method.
         seed: for methods that draw at random.
         dtype: one of `DTYPES` for all floating-point leaves that are written; None
@@ -291,9 +292,15 @@ def _problems(fields: Mapping[str, Any]) -> Iterator[_Misplaced]:
 def _method_problems(method: Method, fields: Mapping[str, Any]) -> Iterator[_Misplaced]:
     if method.needs_base and fields.get("base", "") is None:
         yield ("method",), f"method {method.name} needs a base; add the key 'base'"
-    if not method.needs_base and fields.get("base") is not None:
+    if (
+        not method.needs_base
+        and fields.get("base") is not None
+        and not any(
+            is_adapter(Path(path)) for path in fields.get("models", {}).values()
+        )
+    ):
         message = f"method {method.name} has no base; remove it, or list it in 'models'"
-        yield ("base",), message
+        yield ("base",), f"{message} (only LoRA adapters need one)"
     if "models" not in fields:
         return
     count = len(fields["models"])

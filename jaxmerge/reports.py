@@ -27,7 +27,8 @@ class LeafReport(NamedTuple):
 
     Attributes:
         treatment: "merged", "copied: integer", "taken: base", "taken: first" or
-            "skipped".
+            "skipped"; where a method merges matrices alone, "no matrix: " and the
+            policy for other leaves, such as "no matrix: average".
         dtype_in: the dtype it has in the base (without one: in the first model).
         dtype_out: the dtype it was written in; None if skipped.
         base_norm: Euclidean norm in the base; None if not merged, or without a base.

@@ -93,7 +93,8 @@ def join(x: Any, like: Any) -> Any:
     """Brings `x` to the devices of `like`, so that one computation can take both.
 
     Arrays that are already on the mesh of `like` keep their own sharding, and so do
-    tracers. Others take the sharding of `like`, whose shape they must have.
+    tracers. Others take the sharding of `like`, or are copied to all its devices if
+    they have another shape.
     """
     if isinstance(x, Tracer) or isinstance(like, Tracer):
         return x
@@ -103,7 +104,10 @@ def join(x: Any, like: Any) -> Any:
         x_mesh, mesh = (s and s.mesh for s in (of(x), of(like)))
         if x_mesh == mesh and x.devices() == like.devices():
             return x
-    return jax.device_put(x, like.sharding)
+    target = like.sharding
+    if np.shape(x) != like.shape and isinstance(target, NamedSharding):
+        target = NamedSharding(target.mesh, PartitionSpec())
+    return jax.device_put(x, target)
 
 
 def place(
@@ -282,7 +286,8 @@ def _usual_spec(shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSpec:
 
     for i, name in enumerate(mesh.axis_names):
         axes = (0, -2, -1) if i == 0 else (-1, -2, 0)
-        largest = max(axes, key=lambda axis: shape[axis])
+        # A stack that is cut into more shards than layers would have empty ones.
+        largest = max((-2, -1), key=lambda axis: shape[axis])
         fitting = (axis for axis in axes if divides(name, axis))
         names[next(fitting, largest)].append(name)
     return PartitionSpec(*(tuple(entry) or None for entry in names))

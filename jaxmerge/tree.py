@@ -78,6 +78,18 @@ def is_float(leaf: Any) -> bool:
     return jnp.issubdtype(_dtype(leaf), jnp.floating)
 
 
+def is_factor(path: str) -> bool:
+    """Whether a leaf is, by its name, one of the two factors of a LoRA update.
+
+    The mean of products is not the product of means, so they cannot be merged apart.
+
+    Example:
+        >>> is_factor("model.layers.0.q_proj.lora_A.weight"), is_factor("lora/kernel")
+        (True, False)
+    """
+    return bool(re.fullmatch(r"(.*[/.])?lora_(embedding_)?[ABab]([/.].*)?", path))
+
+
 def check_alike(
     first: Params, others: Sequence[Params], *, names: Sequence[str]
 ) -> None:
@@ -97,6 +109,12 @@ def check_alike(
         for path, leaf in want.items()
         if (kind := _unfit_kind(_dtype(leaf)))
     ]
+    if factors := [path for path in want if is_factor(path)]:
+        problems.append(
+            f"{names[0]} leaf {factors[0]!r} is one of {len(factors)} factors of LoRA "
+            "updates, of which only products can be merged: make models of adapters "
+            "with jaxmerge.apply_adapter(base, adapter)"
+        )
     for name, other in zip(names[1:], others, strict=True):
         got = named_leaves(other)
         problems += [

@@ -48,7 +48,7 @@ def random_models(method: Method, count=3, **kwargs):
     ]
 
 
-STATIC = ("common",)  # They set a count of singular vectors, and so a shape.
+STATIC = ("common", "rank_share")  # They set counts of singular vectors: shapes.
 
 
 def merge(method: Method, base, models, **options):
@@ -158,7 +158,7 @@ def test_order_of_models_is_without_effect_if_declared(method):
     base, models = random_models(method)
     a, b = merge(method, base, models), merge(method, base, models[::-1])
     if method.symmetric:
-        assert_close(a, b)
+        assert_close(a, b, atol=5e-6)  # Truncation magnifies rounding.
     elif method.needs_key:
         names = [str(i) for i in range(len(models))]
         renamed = merge(method, base, models[::-1], names=names[::-1])

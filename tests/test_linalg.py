@@ -98,8 +98,9 @@ def test_takes_one_matrix_from_each_stack(mesh, layers):
     np.testing.assert_allclose(result, loop(ridge, roots, x), atol=1e-4)
 
 
-def test_sizes_that_no_mesh_axis_divides(mesh):
-    x = random(3, 7, 5)
+@pytest.mark.parametrize("shape", [(3, 7, 5), (3, 3, 3), (5, 3, 3)])
+def test_sizes_that_no_mesh_axis_divides(mesh, shape):
+    x = random(*shape)
     result = jax.jit(functools.partial(map_matrices, truncated_svd))(x)
     np.testing.assert_allclose(result, loop(truncated_svd, x), atol=1e-4)
 

@@ -157,6 +157,16 @@ def test_report(runs, trees):
     )
 
 
+def test_report_of_leaves_that_a_matrix_method_treats_by_policy(runs, trees):
+    options = {"others": "task_arithmetic", "fused": {"layer_0/kernel": 2}}
+    recipe = recipe_for(runs, method="tsv_merge", options=options)
+    report = merge_checkpoints(recipe, runs / "out")
+    by_path = {name: leaf["treatment"] for name, leaf in report["leaves"].items()}
+    assert by_path["layer_0/kernel"] == "merged"
+    assert by_path["embed/kernel"] == "merged"
+    assert by_path["layer_0/bias"] == "no matrix: task_arithmetic"
+
+
 def test_sidecars_come_from_the_base_with_the_new_dtype(runs):
     (runs / "base/config.json").write_text('{"torch_dtype": "float32", "layers": 2}')
     (runs / "base/tokenizer.json").write_text("{}")

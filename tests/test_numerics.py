@@ -119,6 +119,15 @@ def test_counts_add_and_compare_as_integers(a, b):
     assert bool(Count.of(a) >= Count.of(b)) == (a >= b)
 
 
+@pytest.mark.parametrize("number", [0, 1, 255, 256, 1000, 2**24 + 3, 2**33])
+@pytest.mark.parametrize("density", [0.125, 0.2, 0.75, 1.0])
+def test_a_share_of_a_count_is_rounded_down(number, density):
+    high, low = Count.of(number).share(density)
+    assert int(low) < 2**8
+    got, want = int(high) * 2**8 + int(low), int(density * number)
+    assert abs(got - want) <= 2e-7 * want
+
+
 @properties
 @given(hnp.arrays(bool, hnp.array_shapes(max_dims=4, max_side=9)))
 def test_counting_axis_by_axis_equals_a_sum(mask):

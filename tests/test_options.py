@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxmerge.options import Leaf, choice, per_leaf, per_model
+from jaxmerge.options import Leaf, choice, number, per_leaf, per_model
 
 LEAF = Leaf("ties", "mlp/kernel", (4, 3), models=2)
 
@@ -50,6 +50,17 @@ def test_traced_numbers_pass_unless_they_set_a_count():
 def test_invalid_options_are_named(option, message):
     with pytest.raises(ValueError, match=f"^ties: .*{message}"):
         per_model(LEAF, "density", option, "(0, 1]")
+
+
+def test_one_number_for_all_leaves_is_checked_without_a_leaf():
+    assert number("star", "share", 0.4, "(0, 1]") == 0.4
+    assert jax.jit(lambda x: number("star", "share", x, "(0, 1]"))(2.0) == 2
+    with pytest.raises(ValueError, match=r"^star: share is 0; it must be in \(0, 1\]"):
+        number("star", "share", 0.0, "(0, 1]")
+    with pytest.raises(ValueError, match=r"^star: share is {}; it must be one number."):
+        number("star", "share", {})
+    with pytest.raises(ValueError, match=r"^cart: rank_share is traced, but it sets"):
+        jax.jit(lambda x: number("cart", "rank_share", x, static=True))(0.5)
 
 
 def test_unknown_choices_list_the_known_ones():

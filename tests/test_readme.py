@@ -1,10 +1,12 @@
 """What the README says is what the library does."""
 
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import jaxmerge
 from jaxmerge.cli import main
@@ -20,7 +22,7 @@ def blocks(language):
 
 @pytest.fixture
 def checkpoints(tmp_path, monkeypatch):
-    """Three checkpoints of the names that the README uses."""
+    """Checkpoints and adapters of the names that the README uses."""
     monkeypatch.chdir(tmp_path)
     draw = np.random.default_rng(0).standard_normal
     start = {
@@ -35,6 +37,18 @@ def checkpoints(tmp_path, monkeypatch):
             for module, leaves in start.items()
         }
         jaxmerge.save(f"checkpoints/{name}", params)
+    jaxmerge.save("llama", {"mlp.weight": np.float32(draw((4, 4)))})
+    for task in ("math", "code"):
+        path = Path(f"llama-{task}-lora")
+        path.mkdir()
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+        (path / "adapter_config.json").write_text(json.dumps(config))
+        shapes = {"lora_A": (2, 4), "lora_B": (4, 2)}
+        tensors = {
+            f"base_model.model.mlp.{name}.weight": np.float32(draw(shape))
+            for name, shape in shapes.items()
+        }
+        safetensors.numpy.save_file(tensors, path / "adapter_model.safetensors")
     return tmp_path
 
 
@@ -43,13 +57,24 @@ def test_table_of_methods_is_that_of_the_registry():
 
 
 def test_python_examples_run(checkpoints):
-    first, second = blocks("python")
+    first, second, steps, adapters = blocks("python")
     exec(first, {})
     assert jaxmerge.load("checkpoints/merged")["mlp"]["kernel"].shape == (4, 4)
     names: dict = {}
     exec(second, names)
     assert names["sweep"]["mlp"]["kernel"].shape == (200, 4, 4)
     np.testing.assert_allclose(names["merged"]["mlp"]["bias"], 0, atol=1e-6)
+    exec(steps, names)
+    ranks = [
+        np.linalg.matrix_rank(
+            names[n]["mlp"]["kernel"] - names["base"]["mlp"]["kernel"]
+        )
+        for n in ("merged", "boosted")
+    ]
+    assert ranks == [1, 4]
+    assert names["calibrated"]["mlp"]["kernel"].shape == (4, 4)
+    exec(adapters, names)
+    assert np.abs(names["merged"]["mlp.weight"] - names["base"]["mlp.weight"]).max() > 0
 
 
 def test_recipe_and_commands_run(checkpoints, capsys):

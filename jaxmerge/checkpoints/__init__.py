@@ -22,6 +22,8 @@ from jaxmerge.checkpoints.interface import (
 )
 from jaxmerge.checkpoints.msgpack import open_msgpack
 from jaxmerge.checkpoints.names import flatten, nest
+from jaxmerge.checkpoints.peft import load_adapter, put_on_base
+from jaxmerge.checkpoints.peft_files import is_adapter, open_adapter
 from jaxmerge.checkpoints.safetensors import open_safetensors
 from jaxmerge.checkpoints.writer import MAX_SHARD_BYTES, Writer
 
@@ -33,27 +35,44 @@ __all__ = [
     "Index",
     "LeafInfo",
     "Writer",
+    "is_adapter",
     "load",
+    "load_adapter",
+    "open_adapter",
     "open_checkpoint",
     "save",
 ]
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(
+    path: str | os.PathLike[str], base: Checkpoint | None = None
+) -> Checkpoint:
     """Opens a checkpoint for reading leaf by leaf.
 
     Args:
         path: a directory in Hugging Face layout (`model.safetensors`, or shards and
             `model.safetensors.index.json`, or a single file `*.safetensors`), a
-            `.safetensors` file, or a `.msgpack` file of flax, which is read whole.
+            `.safetensors` file, a `.msgpack` file of flax, which is read whole, or the
+            directory of a PEFT LoRA adapter.
+        base: the checkpoint that an adapter belongs to; others need none.
 
     Returns:
-        The checkpoint: names, shapes and dtypes are known, no values are read.
+        The checkpoint: names, shapes and dtypes are known, no values are read. Of an
+        adapter it is the model that it makes of `base`: each leaf that it changes is
+        the sum of both, in float32 or wider, computed when it is read.
 
     Raises:
-        CheckpointError: nothing there, or not complete and consistent.
+        CheckpointError: nothing there, or not complete and consistent; an adapter
+            without a base, or one that does not fit it.
     """
     path = Path(path)
+    if is_adapter(path):
+        if base is None:
+            raise CheckpointError(
+                f"{path} is a LoRA adapter; it needs the base model: name its "
+                "checkpoint as the base."
+            )
+        return put_on_base(open_adapter(path), base)
     if path.is_dir():
         return open_directory(path)
     require_weights(path)
@@ -69,11 +88,14 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     )
 
 
-def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+def load(
+    path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None
+) -> dict[str, Any]:
     """Reads a whole checkpoint into memory.
 
     Args:
         path: anything that `open_checkpoint` opens.
+        base: where the base of a LoRA adapter is; others need none.
 
     Returns:
         Nested dict of NumPy arrays in the dtypes of the file. Names with "/" become
@@ -82,7 +104,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         CheckpointError: see `open_checkpoint`.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, None if base is None else open_checkpoint(base))
     return nest({name: np.array(checkpoint.read(name)) for name in checkpoint.leaves})
 
 

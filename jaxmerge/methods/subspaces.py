@@ -20,10 +20,18 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from jaxmerge.linalg import SolveInfo, leading_svd, least_squares, matmul, polar
+from jaxmerge.linalg import (
+    SolveInfo,
+    joint_bases,
+    leading_svd,
+    least_squares,
+    matmul,
+    nonzero,
+    polar,
+)
 from jaxmerge.matrixwise import Fused, Others, merge_matrices
 from jaxmerge.numerics import norm
-from jaxmerge.options import PerLeaf, whole_number
+from jaxmerge.options import PerLeaf, number, whole_number
 from jaxmerge.registry import register
 from jaxmerge.tree import Params
 
@@ -127,8 +135,7 @@ def _superpose(
     max_steps: int,
 ) -> tuple[Array, SolveInfo]:
     u, sigma, vt = _features(deltas, rank)
-    kept = sigma > rtol * jnp.max(sigma, axis=1, initial=0, keepdims=True)
-    weight = kept.ravel().astype(u.dtype)
+    weight = nonzero(sigma, rtol).ravel().astype(u.dtype)
     left = jnp.concatenate(list(u), axis=1) * weight[None]
     right = jnp.concatenate(list(vt), axis=0)
     strengths = sigma.ravel() * weight
@@ -218,10 +225,7 @@ def _orthogonalise(
 ) -> tuple[Array, tuple[()]]:
     rank = rank or max(1, min(deltas[0].shape) // len(deltas))
     u, s, vt = _features(deltas, rank)
-    # A feature of no strength must not take a direction away from others.
-    present = (s > 1e-6 * jnp.max(s, axis=1, keepdims=True)).astype(s.dtype)
-    left = polar(jnp.concatenate(list(u * present[:, None]), axis=1))
-    right = polar(jnp.concatenate(list(vt * present[..., None]), axis=0))
+    left, right = joint_bases(u, s, vt)
     return matmul(left * s.ravel()[None], right), ()
 
 
@@ -350,8 +354,6 @@ def iso_cts(
         [[2. 0.]
          [0. 2.]]
     """
-    if not 0 <= common <= 1:
-        raise ValueError(f"iso_cts: common is {common}; it must be in [0, 1].")
     return merge_matrices(
         _flatten_subspaces,
         base,
@@ -362,7 +364,7 @@ def iso_cts(
         matrices=matrices,
         stack_axes=stack_axes,
         fused=fused,
-        common=float(common),
+        common=number("iso_cts", "common", common, "[0, 1]", static=True),
     )[0]
 
 
