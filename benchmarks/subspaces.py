@@ -163,7 +163,7 @@ def main():
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024])
     parser.add_argument("--tasks", type=int, nargs="+", default=[2, 8])
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--shape", type=int, nargs=2, default=[256, 1024])
+    parser.add_argument("--shape", type=int, nargs=2, default=[128, 512])
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 8)

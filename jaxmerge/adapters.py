@@ -46,7 +46,9 @@ def tsv_compress(
         models: pytrees with the structure and shapes of `base`.
         rank: how many singular triplets of each task matrix are kept. None: as many as
             give every model an equal share of the full rank, and at least one; all
-            adapters together then take about as much as two models.
+            adapters together then take about as much as two models. Ranks of at
+            most a sixteenth of the full one are found by random projection, with a
+            remainder of at most 1.005 times the least.
         matrices: axis patterns of leaves by path, before the presets of
             `jaxmerge.matrices`.
         stack_axes: how many leading axes of a leaf stack independent layers; a number

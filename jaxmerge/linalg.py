@@ -110,12 +110,29 @@ def polar(x: Array, rtol: float = 1e-6) -> Array:
     return matmul(u * nonzero(s, rtol).astype(x.dtype)[None], vt)
 
 
-def nonzero(s: Array, rtol: Array | float = 1e-6) -> Array:
-    """Which singular values (*stack, r) are above `rtol` times the largest."""
-    return s > rtol * jnp.max(s, axis=-1, initial=0, keepdims=True)
+def nonzero(s: Array, rtol: Array | float = 1e-6, noise: Array | float = 0.0) -> Array:
+    """Which singular values (*stack, r) are above `noise` and `rtol` of the largest."""
+    largest = jnp.max(s, axis=-1, initial=0, keepdims=True)
+    return s > jnp.maximum(rtol * largest, noise)
 
 
-def joint_bases(u: Array, s: Array, vt: Array) -> tuple[Array, Array]:
+def rounding_noise(start: Array | None = None) -> Array:
+    """The largest singular value that rounding leaves in a change of a matrix.
+
+    A change that was added to `start` (m, n) and is found as a difference has lost
+    what is below the precision of the entries: an error of full rank, which singular
+    values of zero would be mistaken for. Its norm is at most about that of random
+    errors of the entries, epsilon |start| (1 / sqrt(m) + 1 / sqrt(n)).
+    """
+    if start is None or not start.size:
+        return jnp.zeros(())
+    m, n = start.shape
+    return jnp.finfo(start.dtype).eps * norm(start) * (m**-0.5 + n**-0.5)
+
+
+def joint_bases(
+    u: Array, s: Array, vt: Array, noise: Array | float = 0.0
+) -> tuple[Array, Array]:
     """The orthonormal bases nearest to the singular vectors of all matrices together.
 
     Vectors whose singular value is zero become zero: what has no strength must not take
@@ -125,12 +142,13 @@ def joint_bases(u: Array, s: Array, vt: Array) -> tuple[Array, Array]:
         u: (T, m, r), of T matrices (m, n), as from `leading_svd`.
         s: (T, r).
         vt: (T, r, n).
+        noise: singular values up to this one count as zero.
 
     Returns:
         The polar factors of the left singular vectors side by side (m, T * r), and of
         the right ones one below the other (T * r, n).
     """
-    present = nonzero(s).astype(s.dtype)
+    present = nonzero(s, noise=noise).astype(s.dtype)
     left = polar(jnp.concatenate(list(u * present[:, None]), axis=1))
     right = polar(jnp.concatenate(list(vt * present[..., None]), axis=0))
     return left, right
@@ -141,9 +159,10 @@ def leading_svd(x: Array, rank: int | None = None) -> tuple[Array, Array, Array]
 
     Up to a sixteenth of the full rank, where it pays, the subspace is found by random
     projection and four power iterations with half as many directions again (Halko,
-    Martinsson and Tropp, 2011, algorithm 4.4). What remains of `x` then has a norm of
-    at most 1.005 times the least possible, measured on spectra from flat to steep, and
-    far closer to it where singular values decay. Otherwise all triplets are computed,
+    Martinsson and Tropp, 2011, algorithm 4.4). What remains of `x` then has a
+    Frobenius norm of at most 1.005 times the least possible, on spectra from flat to
+    steep, and far closer to it where singular values decay. Where they are all but
+    equal, which of them are found is arbitrary. Otherwise all triplets are computed,
     and the first ones are exact.
 
     Args:
@@ -324,33 +343,34 @@ def conjugate_gradient(
         >>> print(x.round(4), info.steps)
         [1. 1.] 2
     """
+    dot = functools.partial(jnp.vdot, precision="highest")
     precondition = precondition or (lambda rest: rest)
     rest = right - apply(start)
     first, size = norm(rest), norm(right)
     size = jnp.where(size > 0, size, first)
-    # In this unit, squares of small numbers do not vanish.
-    unit = jnp.where(first > 0, first, 1)
+    # In this unit, squares of small numbers do not vanish; a power of two is exact.
+    unit = jnp.ldexp(jnp.ones_like(first), jnp.frexp(first)[1])
     small = jnp.maximum(rtol * size, atol) / unit
     rounding = 8 * jnp.finfo(rest.dtype).eps
 
     def unfinished(state: _Descent) -> Array:
-        left = jnp.sum(state.rest * state.rest)
+        left = dot(state.rest, state.rest)
         return (state.steps < max_steps) & (left > small**2) & ~state.stuck
 
     def step(state: _Descent) -> _Descent:
         image = apply(state.direction)
-        curvature = jnp.sum(state.direction * image)
+        curvature = dot(state.direction, image)
         steepness = safe_divide(curvature, state.square)
         steepest = jnp.maximum(state.steepest, steepness)
         stuck = ~(steepness > rounding * steepest)
-        length = jnp.where(stuck, 0, state.slope / jnp.where(stuck, 1, curvature))
-        rest = state.rest - length * image
+        length = state.slope / jnp.where(stuck, 1, curvature)
+        rest = state.rest - jnp.where(stuck, 0, length * image)
         nearer = precondition(rest)
-        slope = jnp.sum(rest * nearer)
+        slope = dot(rest, nearer)
         keep = safe_divide(slope, state.slope)
         return _Descent(
             state.steps + ~stuck,
-            state.x + length * state.direction,
+            state.x + jnp.where(stuck, 0, length * state.direction),
             rest,
             nearer + keep * state.direction,
             slope,
@@ -360,13 +380,14 @@ def conjugate_gradient(
             ~(steepness >= -rounding * steepest),
         )
 
-    direction = precondition(rest / unit)
-    slope = jnp.sum(rest / unit * direction)
+    rest = rest / unit
+    direction = precondition(rest)
+    slope = dot(rest, direction)
     no, zero = jnp.zeros((), bool), jnp.zeros_like(slope)
     begin = _Descent(
         steps=jnp.zeros((), jnp.int32),
         x=jnp.zeros_like(rest),
-        rest=rest / unit,
+        rest=rest,
         direction=direction,
         slope=slope,
         square=slope,

@@ -205,6 +205,8 @@ def rows_by_scope(
 def to_matrix(leaf: Array, axes: MatrixAxes) -> Array:
     """Lays a leaf out as (*stack, inputs, outputs), each of the two flattened.
 
+    One without outputs becomes a matrix of one output.
+
     Raises:
         ValueError: `axes` do not make a matrix of the leaf.
 
@@ -277,10 +279,10 @@ def output_parts(
 
 def _order(shape: tuple[int, ...], axes: MatrixAxes) -> tuple[int, ...]:
     order = (*axes.stack, *axes.inputs, *axes.outputs)
-    if not axes.is_matrix or sorted(order) != list(range(len(shape))):
+    if sorted(order) != list(range(len(shape))):
         raise ValueError(
-            f"{axes} do not make a leaf of shape {shape} a matrix: inputs and outputs "
-            "must not be empty, and every axis must be in one of the three."
+            f"{axes} do not make a leaf of shape {shape} a matrix: every axis must be "
+            "in one of the three."
         )
     return order
 

@@ -7,6 +7,7 @@ device works on its own layers; leaves that are no matrices follow a stated poli
 """
 
 import functools
+import inspect
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -17,8 +18,8 @@ import numpy as np
 from jax import Array
 
 from jaxmerge import sharding
-from jaxmerge.leafwise import Kernel, check_models, merge_leaves, wide
-from jaxmerge.linalg import map_matrices
+from jaxmerge.leafwise import ABSENT, Kernel, check_models, merge_leaves, wide
+from jaxmerge.linalg import map_matrices, rounding_noise
 from jaxmerge.matrices import (
     MatrixAxes,
     from_matrix,
@@ -53,23 +54,27 @@ class MatrixPlan(NamedTuple):
 
     Attributes:
         method: the caller's name, for messages.
-        base: the start of all models.
+        base: the start of all models; without one, the first model.
+        from_base: whether there is a base that task matrices are measured from.
         leaves: the leaves of the base by path.
         models: the leaves of each model by path.
         layouts: how leaves are made of matrices, for those that are.
         rest: the other leaves that hold floating-point numbers.
         scales: what the change of a leaf is multiplied by, for both kinds.
         others: what becomes of `rest`.
+        beside: what the kernel is to know of leaves beside their values, by path.
     """
 
     method: str
     base: Params
+    from_base: bool
     leaves: dict[str, Any]
     models: list[dict[str, Any]]
     layouts: dict[str, Layout]
     rest: list[str]
     scales: dict[str, Any]
     others: Others
+    beside: Mapping[str, Any]
 
     def groups(self) -> list[list[str]]:
         """Paths of matrices of the same shapes and dtype: what is compiled together."""
@@ -80,14 +85,20 @@ class MatrixPlan(NamedTuple):
             groups.setdefault((inputs, layout.parts, leaf.dtype), []).append(path)
         return list(groups.values())
 
-    def arguments(self, paths: list[str]) -> tuple[list[Any], list[list[Any]]]:
-        """The leaves of the base and of each model, side by side in one memory."""
-        bases = [self.leaves[path] for path in paths]
-        models = [
-            [sharding.join(model[path], self.leaves[path]) for path in paths]
-            for model in self.models
-        ]
-        return bases, models
+    def arguments(self, paths: list[str]) -> tuple[Any, ...]:
+        """The leaves of base and models and what is beside them, in one memory."""
+
+        def joined(of_tree: Mapping[str, Any]) -> list[Any]:
+            return [
+                jax.tree.map(
+                    lambda x, like=self.leaves[path]: sharding.join(x, like),
+                    of_tree.get(path),
+                )
+                for path in paths
+            ]
+
+        bases = joined(self.leaves) if self.from_base else None
+        return bases, [joined(model) for model in self.models], joined(self.beside)
 
 
 def plan_matrices(
@@ -100,6 +111,8 @@ def plan_matrices(
     matrices: Mapping[str, str] | None = None,
     stack_axes: PerLeaf = 0,
     fused: Fused | None = None,
+    axes: Mapping[str, MatrixAxes] | None = None,
+    beside: Mapping[str, Any] | None = None,
 ) -> MatrixPlan:
     """Checks trees and finds their matrices; arguments as in `merge_matrices`.
 
@@ -109,6 +122,8 @@ def plan_matrices(
     """
     choice(method, "others", others, ("average", "task_arithmetic", "base"))
     check_models(method, base, models)
+    from_base = base is not ABSENT
+    base = base if from_base else models[0]
     leaves = named_leaves(base)
     layouts, rest, scales = {}, [], {}
     for path, leaf in leaves.items():
@@ -116,14 +131,25 @@ def plan_matrices(
             continue
         of_leaf = Leaf(method, path, np.shape(leaf), len(models))
         scales[path] = per_leaf(of_leaf, "scale", scale)
-        axes = _axes_of(of_leaf, matrices, stack_axes)
-        if not axes.is_matrix:
+        at = _axes_of(of_leaf, matrices, stack_axes) if axes is None else axes[path]
+        if axes is None and not at.is_matrix:
             rest.append(path)
         elif np.size(leaf):
-            outputs = matrix_shape(np.shape(leaf), axes)[-1]
-            layouts[path] = Layout(axes, output_parts(method, path, outputs, fused))
+            outputs = matrix_shape(np.shape(leaf), at)[-1]
+            layouts[path] = Layout(at, output_parts(method, path, outputs, fused))
     by_model = [named_leaves(model) for model in models]
-    return MatrixPlan(method, base, leaves, by_model, layouts, rest, scales, others)
+    return MatrixPlan(
+        method,
+        base,
+        from_base,
+        leaves,
+        by_model,
+        layouts,
+        rest,
+        scales,
+        others,
+        beside or {},
+    )
 
 
 def _axes_of(
@@ -148,6 +174,8 @@ def merge_matrices(
     matrices: Mapping[str, str] | None = None,
     stack_axes: PerLeaf = 0,
     fused: Fused | None = None,
+    axes: Mapping[str, MatrixAxes] | None = None,
+    beside: Mapping[str, Any] | None = None,
     numbers: Mapping[str, Any] | None = None,
     **choices: Any,
 ) -> tuple[Params, dict[str, Any]]:
@@ -156,8 +184,10 @@ def merge_matrices(
     Args:
         kernel: `kernel(deltas, **numbers, **choices)` maps task matrices (outputs,
             inputs), one per model in float32, to the merged task matrix and to what
-            there is to report of it, scalars in any structure.
-        base: the start that task matrices are measured from.
+            there is to report of it, scalars in any structure. Without a base it maps
+            the matrices of the models to the merged matrix. If it has a parameter
+            `noise`, it gets what `rounding_noise` says of the base's matrix.
+        base: the start that task matrices are measured from; `ABSENT` without one.
         models: one or more trees like `base`.
         method: the caller's name, for messages.
         scale: what merged task matrices and the changes of other leaves are
@@ -167,6 +197,10 @@ def merge_matrices(
         matrices: axis patterns of leaves by path, before the presets.
         stack_axes: how many leading axes of a leaf stack independent layers.
         fused: leaves that are several matrices with the same inputs.
+        axes: the axes of all leaves by path, in place of rules; a leaf without outputs
+            counts as a matrix with one.
+        beside: by path, further arrays (*stack, m, n) in any structure, whose matrices
+            `kernel` gets as its argument `beside`.
         numbers: arguments of `kernel` that may be traced.
         choices: hashable arguments of `kernel` that are compiled in.
 
@@ -186,23 +220,23 @@ def merge_matrices(
         matrices=matrices,
         stack_axes=stack_axes,
         fused=fused,
+        axes=axes,
+        beside=beside,
     )
     merged, reports = {}, {}
     for paths in plan.groups():
-        bases, of_models = plan.arguments(paths)
         results, told = _merge_group(
-            bases,
-            of_models,
+            *plan.arguments(paths),
             [plan.scales[path] for path in paths],
             dict(numbers or {}),
             layouts=tuple(plan.layouts[path] for path in paths),
-            targets=tuple(sharding.of(leaf) for leaf in bases),
+            targets=tuple(sharding.of(plan.leaves[path]) for path in paths),
             kernel=kernel,
             choices=tuple(sorted(choices.items())),
         )
         merged |= dict(zip(paths, results, strict=True))
         reports |= dict(zip(paths, told, strict=True))
-    return rebuild(base, plan.leaves | merged | merge_others(plan)), reports
+    return rebuild(plan.base, plan.leaves | merged | merge_others(plan)), reports
 
 
 def map_task_matrices(
@@ -268,20 +302,25 @@ def _add_up(deltas: Sequence[Array], *, scale: Array, divide: bool) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames=("layouts", "targets", "kernel", "choices"))
-def _merge_group(bases, models, scales, numbers, *, layouts, targets, kernel, choices):
-    def merge(bases, models, scales, numbers):
+def _merge_group(
+    bases, models, beside, scales, numbers, *, layouts, targets, kernel, choices
+):
+    def merge(bases, models, beside, scales, numbers):
         bound = functools.partial(kernel, **numbers, **dict(choices))
-        results = _map_leaves(bound, bases, models, layouts)
-        merged = [
-            _add(base, jnp.concatenate([m for m, _ in parts], axis=-2), scale, at.axes)
-            for base, parts, scale, at in zip(
-                bases, results, scales, layouts, strict=True
-            )
-        ]
+        results = _map_leaves(bound, bases, models, beside, layouts)
+        merged = []
+        for i, (parts, at) in enumerate(zip(results, layouts, strict=True)):
+            matrix = jnp.concatenate([m for m, _ in parts], axis=-2)
+            if bases is None:
+                like = models[0][i]
+                leaf = from_matrix(matrix.mT, like.shape, at.axes).astype(like.dtype)
+            else:
+                leaf = _add(bases[i], matrix, scales[i], at.axes)
+            merged.append(leaf)
         return merged, [_tell([told for _, told in parts]) for parts in results]
 
-    like = (bases, jnp.zeros(()))
-    results, told = sharding.auto(merge, like=like)(bases, models, scales, numbers)
+    run = sharding.auto(merge, like=(bases or models[0], jnp.zeros(())))
+    results, told = run(bases, models, beside, scales, numbers)
     return [sharding.keep(*pair) for pair in zip(results, targets, strict=True)], told
 
 
@@ -292,12 +331,12 @@ def _tell(of_parts: list[Any]) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames=("layouts", "kernel", "choices"))
-def _map_group(bases, models, *, layouts, kernel, choices):
-    def run(bases, models):
+def _map_group(bases, models, beside, *, layouts, kernel, choices):
+    def run(bases, models, beside):
         bound = functools.partial(kernel, **dict(choices))
-        return _map_leaves(bound, bases, models, layouts)
+        return _map_leaves(bound, bases, models, beside, layouts)
 
-    return sharding.auto(run, like=jnp.zeros(()))(bases, models)
+    return sharding.auto(run, like=jnp.zeros(()))(bases, models, beside)
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "target"))
@@ -308,33 +347,55 @@ def _place(base, matrix, scale, *, axes, target):
 
 def _map_leaves(
     kernel: Kernel,
-    bases: Sequence[Array],
+    bases: Sequence[Array] | None,
     models: Sequence[Sequence[Array]],
+    beside: Sequence[Any],
     layouts: Sequence[Layout],
 ) -> list[list[Any]]:
     """The results of `kernel` for each leaf and part, with stacked axes in front."""
-    dtype = wide(bases[0].dtype)
+    dtype = wide(models[0][0].dtype if bases is None else bases[0].dtype)
 
     def layers(of_model: Sequence[Array]) -> Array:
-        deltas = [
-            to_matrix(model.astype(dtype) - base.astype(dtype), at.axes)
-            for model, base, at in zip(of_model, bases, layouts, strict=True)
-        ]
-        return jnp.concatenate([d.reshape(-1, *d.shape[-2:]).mT for d in deltas])
+        leaves = [model.astype(dtype) for model in of_model]
+        if bases is not None:
+            pairs = zip(leaves, bases, strict=True)
+            leaves = [leaf - base.astype(dtype) for leaf, base in pairs]
+        pairs = zip(leaves, layouts, strict=True)
+        return _join_stacks(*(to_matrix(leaf, at.axes) for leaf, at in pairs)).mT
 
     stacks = [layers(of_model) for of_model in models]
+    further, structure = jax.tree.flatten(jax.tree.map(_join_stacks, *beside))
+    asks_noise = "noise" in inspect.signature(kernel).parameters
+    if asks_noise and bases is not None:
+        pairs = zip(bases, layouts, strict=True)
+        stacks.append(
+            _join_stacks(*(to_matrix(b.astype(dtype), at.axes) for b, at in pairs)).mT
+        )
+
+    def call(*matrices: Array) -> Any:
+        values, known = matrices[: len(stacks)], matrices[len(stacks) :]
+        options = {"beside": structure.unflatten(known)} if known else {}
+        if asks_noise:
+            options["noise"] = rounding_noise(*values[len(models) :])
+        return kernel(values[: len(models)], **options)
+
     cuts = itertools.pairwise(itertools.accumulate(layouts[0].parts, initial=0))
     of_parts = [
-        map_matrices(lambda *d: kernel(d), *(stack[:, slice(*cut)] for stack in stacks))
+        map_matrices(call, *(stack[:, slice(*cut)] for stack in stacks), *further)
         for cut in cuts
     ]
     results, start = [], 0
-    for base, at in zip(bases, layouts, strict=True):
-        stacked = tuple(base.shape[axis] for axis in at.axes.stack)
+    for leaf, at in zip(models[0], layouts, strict=True):
+        stacked = tuple(leaf.shape[axis] for axis in at.axes.stack)
         rows = slice(start, start := start + int(np.prod(stacked)))
         take = lambda x, r=rows, s=stacked: x[r].reshape(*s, *x.shape[1:])  # noqa: E731
         results.append([jax.tree.map(take, part) for part in of_parts])
     return results
+
+
+def _join_stacks(*stacks: Array) -> Array:
+    """One stack (layers, m, n) of the matrices of several (*stack, m, n)."""
+    return jnp.concatenate([x.reshape(-1, *x.shape[-2:]) for x in stacks])
 
 
 def _add(base: Array, delta: Array, scale: Array, axes: MatrixAxes) -> Array:

@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmerge import linalg, sharding
-from jaxmerge.linalg import map_matrices
+from jaxmerge.linalg import leading_svd, map_matrices, rounding_noise
 
 
 def random(*shape, seed=0):
@@ -239,6 +239,35 @@ def test_layers_that_are_spread_already_stay(mesh):
     plan = sharding.plan_spread(stack, mesh)
     lowered = linalg._map_spread_eagerly.lower(truncated_svd, plan, stack)
     assert collectives(lowered.compile()) == set()
+
+
+SPECTRA = {
+    "flat": np.ones(160),
+    "slow": 1 / np.sqrt(np.arange(1, 161)),
+    "steep": np.exp(-np.arange(160) / 8),
+    "low rank": np.arange(160) < 5,
+}
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA)
+@pytest.mark.parametrize("rank", [1, 5, 10])
+def test_projected_svds_are_as_near_as_they_say(spectrum, rank):
+    x = random(2, 200, 160)
+    u, _, vt = np.linalg.svd(x, full_matrices=False)
+    x = (u * spectrum) @ vt
+    u, s, vt = jax.jit(leading_svd, static_argnums=1)(jnp.float32(x), rank)
+    assert (u.shape, s.shape, vt.shape) == ((2, 200, rank), (2, rank), (2, rank, 160))
+    rest = np.linalg.norm(x - (u * s[:, None]) @ vt, axis=(1, 2))
+    least = np.linalg.norm(spectrum[rank:])
+    assert (rest <= 1.005 * least + 1e-5 * np.linalg.norm(spectrum)).all()
+    np.testing.assert_allclose(u.mT @ u, np.stack([np.eye(rank)] * 2), atol=1e-4)
+
+
+def test_rounding_noise_bounds_what_a_sum_loses():
+    start, change = random(96, 80), random(96, 4, seed=1) @ random(4, 80, seed=2)
+    change = np.float32(0.01) * change
+    found = np.linalg.svd((start + change) - start)[1]
+    assert 0 < found[4] < rounding_noise(jnp.asarray(start)) < 10 * found[4]
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])

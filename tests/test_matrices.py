@@ -269,8 +269,16 @@ def test_a_matrix_contracts_the_inputs():
     np.testing.assert_allclose(got, np.einsum("lij,lijo->lo", x, kernel), rtol=1e-4)
 
 
+def test_a_vector_is_a_matrix_of_one_output():
+    vectors = np.arange(6.0).reshape(2, 3)
+    axes = MatrixAxes(stack=(0,), inputs=(1,), outputs=())
+    matrix = to_matrix(vectors, axes)
+    assert matrix.shape == (2, 3, 1)
+    np.testing.assert_array_equal(from_matrix(matrix, (2, 3), axes), vectors)
+
+
 @pytest.mark.parametrize("axes", [ROWS, MatrixAxes((), (0,), (1, 2)), IN_OUT])
 def test_leaves_that_are_no_matrix_are_refused(axes):
     shape = (4, 3) if axes != IN_OUT else (4, 3, 2)
-    with pytest.raises(ValueError, match="must not be empty, and every axis"):
+    with pytest.raises(ValueError, match="every axis must be in one"):
         to_matrix(np.ones(shape), axes)

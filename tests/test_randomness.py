@@ -32,6 +32,7 @@ def bits(tree):
 
 
 @every_random_method
+@pytest.mark.usefixtures("optimised")
 def test_sharding_changes_no_bit(method, mesh):
     base, models = trees()
     want = bits(method.function(base, models, key=7))

@@ -132,19 +132,21 @@ class _Aligned(NamedTuple):
     kept: Array
 
 
-def _align(deltas: Sequence[Array]) -> _Aligned:
+def _align(deltas: Sequence[Array], *, noise: Array) -> _Aligned:
     side_by_side = jnp.concatenate(deltas, axis=1)
     # With C^T = Q R, the triangle has the U and S of C, and V is not needed.
     triangle = jnp.linalg.qr(side_by_side.T, mode="r").T
     u, s, _ = jnp.linalg.svd(triangle, full_matrices=False)
-    kept = nonzero(s, 1e-5)
+    kept = nonzero(s, 1e-5, len(deltas) ** 0.5 * noise)
     u = jnp.where(kept[None], u, 0)
     # S V^T without its rounding: what is equal, opposite or zero stays so exactly.
     return _Aligned(u, [matmul(u.T, delta) for delta in deltas], kept)
 
 
-def _merge_alone(deltas: Sequence[Array], *, density: Array) -> tuple[Array, tuple[()]]:
-    aligned = _align(deltas)
+def _merge_alone(
+    deltas: Sequence[Array], *, noise: Array, density: Array
+) -> tuple[Array, tuple[()]]:
+    aligned = _align(deltas, noise=noise)
     return _merge(aligned, _thresholds(aligned, density)), ()
 
 

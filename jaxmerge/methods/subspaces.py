@@ -30,7 +30,7 @@ from jaxmerge.linalg import (
     polar,
 )
 from jaxmerge.matrixwise import Fused, Others, merge_matrices
-from jaxmerge.numerics import norm
+from jaxmerge.numerics import norm, safe_divide
 from jaxmerge.options import PerLeaf, number, whole_number
 from jaxmerge.registry import register
 from jaxmerge.tree import Params
@@ -65,13 +65,17 @@ def sftm(
     other, as between scaled copies of a task, they are solved as least squares. The
     paper's abstract says that singular features are combined by a linear system that
     preserves each task's map from input to output features; the equations are derived
-    from that, and so are the defaults.
+    from that. Its rank, scale and treatment of other leaves are not known to us. The
+    defaults take the statement at its word: all features, at their own strength, and
+    other leaves, which have no features, at their mean, where no task's is exceeded.
 
     Args:
         base: $\theta_0$, the shared starting point, a pytree of arrays of any shape.
         models: pytrees with the structure and shapes of `base`.
         rank: how many singular triplets of each task matrix count, the largest first.
-            None: all that are not zero.
+            None: all that are not zero. Ranks of at
+            most a sixteenth of the full one are found by random projection, with a
+            remainder of at most 1.005 times the least.
         ridge: weight of the squared norm of $M$ beside that of the equations, whose
             left sides have unit length. It keeps noise between near-equal features
             from growing; 0 solves the equations as they are.
@@ -94,8 +98,8 @@ def sftm(
 
     Returns:
         A pytree like `base`, in its dtypes and shardings; arithmetic is in float32.
-        With `info`, also a dict from paths to `SolveInfo`, with a leading axis for
-        stacked layers.
+        With `info`, also a dict from paths to `SolveInfo`, with leading axes for
+        stacked layers and a last one for fused parts.
 
     Raises:
         ValueError: no models, trees that are not alike, an invalid option, or a leaf of
@@ -119,7 +123,10 @@ def sftm(
         matrices=matrices,
         stack_axes=stack_axes,
         fused=fused,
-        numbers={"ridge": ridge, "rtol": rtol},
+        numbers={
+            "ridge": number("sftm", "ridge", ridge, "[0, inf)"),
+            "rtol": number("sftm", "rtol", rtol, "(0, 1)"),
+        },
         rank=None if rank is None else whole_number("sftm", "rank", rank, least=1),
         max_steps=whole_number("sftm", "max_steps", max_steps, least=1),
     )
@@ -129,13 +136,14 @@ def sftm(
 def _superpose(
     deltas: Sequence[Array],
     *,
+    noise: Array,
     ridge: Array,
     rtol: Array,
     rank: int | None,
     max_steps: int,
 ) -> tuple[Array, SolveInfo]:
     u, sigma, vt = _features(deltas, rank)
-    weight = nonzero(sigma, rtol).ravel().astype(u.dtype)
+    weight = nonzero(sigma, rtol, noise).ravel().astype(u.dtype)
     left = jnp.concatenate(list(u), axis=1) * weight[None]
     right = jnp.concatenate(list(vt), axis=0)
     strengths = sigma.ravel() * weight
@@ -178,7 +186,9 @@ def tsv_merge(
         base: $\theta_0$, the shared starting point, a pytree of arrays of any shape.
         models: pytrees with the structure and shapes of `base`.
         rank: how many singular triplets of each task matrix count. None: as many as
-            give every task an equal share of the full rank, and at least one.
+            give every task an equal share of the full rank, and at least one. Ranks of
+            at most a sixteenth of the full one are found by random projection, with a
+            remainder of at most 1.005 times the least.
         scale: multiplies the merged matrices and the changes of other leaves. May
             be traced. The authors recommend 1.
         others: what becomes of leaves that are no matrices: `"average"` (the authors)
@@ -221,11 +231,11 @@ def tsv_merge(
 
 
 def _orthogonalise(
-    deltas: Sequence[Array], *, rank: int | None
+    deltas: Sequence[Array], *, noise: Array, rank: int | None
 ) -> tuple[Array, tuple[()]]:
     rank = rank or max(1, min(deltas[0].shape) // len(deltas))
     u, s, vt = _features(deltas, rank)
-    left, right = joint_bases(u, s, vt)
+    left, right = joint_bases(u, s, vt, noise)
     return matmul(left * s.ravel()[None], right), ()
 
 
@@ -247,8 +257,10 @@ def iso_c(
 ) -> Params:
     r"""Gives all singular values of the summed task matrix their mean (Iso-C).
 
-    With $\sum_t \Delta_t = U S V^\top$, $M = \bar s\, U V^\top$ (section 4.1). A single
-    model does not come back as it is: its spectrum is flattened too.
+    With $\sum_t \Delta_t = U S V^\top$, $M = \bar s\, U V^\top$ (section 4.1), where
+    the mean is over singular values that are not zero: others have no direction of
+    their own. A single model does not come back as it is: its spectrum is flattened
+    too.
 
     Args:
         base: $\theta_0$, the shared starting point, a pytree of arrays of any shape.
@@ -293,9 +305,13 @@ def iso_c(
     )[0]
 
 
-def _flatten_spectrum(deltas: Sequence[Array]) -> tuple[Array, tuple[()]]:
-    u, s, vt = jnp.linalg.svd(sum(deltas), full_matrices=False)  # type: ignore
-    return jnp.mean(s) * matmul(u, vt), ()
+def _flatten_spectrum(
+    deltas: Sequence[Array], *, noise: Array
+) -> tuple[Array, tuple[()]]:
+    u, s, vt = leading_svd(sum(deltas))  # type: ignore
+    present = nonzero(s, noise=len(deltas) * noise)
+    mean = safe_divide(jnp.sum(s * present), jnp.sum(present))
+    return mean * matmul(u * present.astype(u.dtype)[None], vt), ()
 
 
 @register(
@@ -326,7 +342,8 @@ def iso_cts(
         base: $\theta_0$, the shared starting point, a pytree of arrays of any shape.
         models: pytrees with the structure and shapes of `base`.
         common: the share of the full rank that is common, in [0, 1]. It sets counts and
-            cannot be traced; 1 is `iso_c`, and so is a rest too small to share.
+            cannot be traced; 1 is `iso_c`, and so is a rest too small to share. What
+            equal shares leave over is common too.
         scale: multiplies the merged matrices and the changes of other leaves. May
             be traced. The authors choose it on validation data; 0.9 to 1.9 was best.
         others: what becomes of leaves that are no matrices: `"average"` (the authors)
@@ -369,21 +386,26 @@ def iso_cts(
 
 
 def _flatten_subspaces(
-    deltas: Sequence[Array], *, common: float
+    deltas: Sequence[Array], *, noise: Array, common: float
 ) -> tuple[Array, tuple[()]]:
     tasks, full = len(deltas), min(deltas[0].shape)
     # As in the authors' code, Python rounds half to even here.
-    own = round((full - int(full * common)) / tasks)
+    own = min(round((full - int(full * common)) / tasks), full // tasks)
+    if own == 0:
+        return _flatten_spectrum(deltas, noise=noise)
     shared = full - tasks * own
-    if own == 0 or shared < 0:
-        return _flatten_spectrum(deltas)
     u, s, vt = jnp.linalg.svd(sum(deltas), full_matrices=False)  # type: ignore
+    # What projections leave of nothing is small beside the sum, not beside itself.
+    noise = jnp.maximum(tasks * noise, 1e-6 * jnp.max(s, initial=0))
     u, s, vt = u[:, :shared], s[:shared], vt[:shared]
     outside = [delta - matmul(u, matmul(u.T, delta)) for delta in deltas]
     own_u, own_s, own_vt = _features(outside, own)
-    left = polar(jnp.concatenate([*own_u, u], axis=1))
-    right = polar(jnp.concatenate([*own_vt, vt], axis=0))
-    return jnp.mean(jnp.concatenate([*own_s, s])) * matmul(left, right), ()
+    strengths = jnp.concatenate([*own_s, s])
+    present = nonzero(strengths, noise=noise).astype(s.dtype)
+    left = polar(jnp.concatenate([*own_u, u], axis=1) * present[None])
+    right = polar(jnp.concatenate([*own_vt, vt], axis=0) * present[:, None])
+    mean = safe_divide(jnp.sum(strengths * present), jnp.sum(present))
+    return mean * matmul(left, right), ()
 
 
 def _features(deltas: Sequence[Array], rank: int | None) -> tuple[Array, Array, Array]:

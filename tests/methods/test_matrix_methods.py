@@ -3,6 +3,7 @@
 import re
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from matrix_tasks import close, merged_matrix, random_matrices
 import jaxmerge as jm
 from jaxmerge.registry import methods
 
-METHODS = [m for m in methods().values() if "others" in m.parameters]
+METHODS = [m for m in methods().values() if {"others", "fused"} <= m.parameters.keys()]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 
 # Adam takes steps of a fixed length.
@@ -83,7 +84,7 @@ def test_leaves_of_one_shape_are_merged_as_each_alone(method):
     for path in base:
         alone = [{path: tree[path]} for tree in (base, *models)]
         want = merge(alone[0], alone[1:], scale=scale, **by_leaf(method))
-        np.testing.assert_allclose(together[path], want[path], atol=1e-5)
+        close(together[path], want[path])
 
 
 @every_method
@@ -149,6 +150,51 @@ def test_a_leaf_that_no_rule_knows_is_named_with_the_remedy(method):
         method.function(tree, [tree])
     merged = method.function(tree, [tree], matrices={".*tensor": "iio"})
     assert merged["odd"]["tensor"].shape == (2, 3, 4)
+
+
+@every_method
+@pytest.mark.parametrize("size", [0.05, 1.0])
+def test_what_rounding_leaves_of_an_adapter_is_no_feature(method, size):
+    """An update of low rank merges on a large base as on a base of zero."""
+    draw = np.random.default_rng(0).standard_normal
+    updates = [0.01 * draw((96, 4)) @ draw((4, 80)) for _ in range(3)]
+    base = {"layer.weight": np.float32(size * draw((96, 80)))}
+    models = [{"layer.weight": np.float32(base["layer.weight"] + u)} for u in updates]
+    merged = method.function(base, models)["layer.weight"]
+    got = np.float64(merged) - base["layer.weight"]
+    want = merged_matrix(method.function, updates)
+    close(got, want, rtol=5e-3 if method.name == "wudi" else 1e-3)
+
+
+@every_method
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_lowers_for_accelerators_on_a_mesh(method, mesh, platform):
+    base, *models = random_trees(
+        3, {f"block_{i}/kernel": (48, 64) for i in range(8)} | {"bias": (8,)}
+    )
+    rules = {"bias": P(), ".*": P("data", "model")}
+    base, *models = [jm.place(tree, mesh, rules) for tree in (base, *models)]
+    options = {"rank": 2} if "rank" in method.options else {}
+    whole = jax.jit(lambda b, ms: method.function(b, ms, **by_leaf(method), **options))
+    exported = jax.export.export(whole, platforms=[platform])(base, models)
+    assert exported.nr_devices == 8
+
+
+@every_method
+def test_gradient_by_models(method):
+    if method.name == "iso_cts":
+        pytest.skip("meets equal singular values, where the slope is infinite")
+    base, *models = ({"kernel": np.float32(m)} for m in random_matrices(3))
+
+    def total(models):
+        return jnp.sum(method.function(base, models)["kernel"] ** 2)
+
+    if method.name == "sftm":
+        with pytest.raises(ValueError, match="Reverse-mode differentiation"):
+            jax.grad(total)(models)
+    else:
+        slopes = jax.grad(total)(models)
+        assert all(np.isfinite(leaf["kernel"]).all() for leaf in slopes)
 
 
 @every_method

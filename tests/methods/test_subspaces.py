@@ -135,6 +135,28 @@ def test_iso_cts_with_everything_common_is_iso_c():
     close(merged_matrix(jm.iso_cts, tasks, common=1.0), want)
 
 
+def test_iso_methods_flatten_only_what_there_is():
+    tasks = random_matrices(count=3, shape=(20, 15), rank=2)
+    for method in (jm.iso_c, jm.iso_cts):
+        spectrum = np.linalg.svd(merged_matrix(method, tasks))[1]
+        kept = spectrum > 1e-3 * spectrum[0]
+        assert kept.sum() <= 6
+        np.testing.assert_allclose(spectrum[kept], spectrum[0], rtol=1e-4)
+
+
+def test_iso_cts_with_nothing_common_shares_the_rank():
+    tasks = random_matrices(count=8, shape=(12, 12))
+    got = merged_matrix(jm.iso_cts, tasks, common=0.0)
+    assert np.abs(got - merged_matrix(jm.iso_c, tasks)).max() > 0.1 * np.abs(got).max()
+
+
+@pytest.mark.parametrize("options", [{"ridge": -0.5}, {"ridge": np.nan}, {"rtol": 0}])
+def test_sftm_names_numbers_that_make_no_sense(options):
+    tree = {"kernel": np.ones((2, 2), np.float32)}
+    with pytest.raises(ValueError, match=rf"^sftm: {next(iter(options))} is"):
+        jm.sftm(tree, [tree], **options)
+
+
 @pytest.mark.parametrize("bad", [0, -1, 2.0, True])
 def test_ranks_are_whole_and_positive(bad):
     tree = {"kernel": np.ones((2, 2), np.float32)}
