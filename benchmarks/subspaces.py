@@ -10,9 +10,14 @@ data. The tables go to benchmarks/results/subspaces_*.md.
 """
 
 import argparse
+import functools
+import os
 import re
 import statistics
 import time
+
+# Simulated devices that wait for each other must not use up all threads.
+os.environ.setdefault("NPROC", "32")
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +33,19 @@ def svds(base, models):
     return jnp.linalg.svd(deltas, full_matrices=False)
 
 
+def summed_and_calibrated(base, models):
+    merged = jaxmerge.task_arithmetic(base, models)
+    return jaxmerge.calibrate(base, models, merged)
+
+
 def matrix_methods():
-    return {n: m.function for n, m in methods().items() if "others" in m.parameters}
+    """Functions of base and models by name: each method, and what is not registered."""
+    sides = {n: m.function for n, m in methods().items() if "fused" in m.parameters}
+    return sides | {
+        "wudi, closed form": functools.partial(jaxmerge.wudi, solver="closed_form"),
+        "calibrate": summed_and_calibrated,
+        "tsv_compress": jaxmerge.tsv_compress,
+    }
 
 
 def times_in_turn(sides, repeats):
@@ -49,13 +65,11 @@ def ratio(of, to):
 
 
 def cost(args):
-    sides = {"SVDs": svds}
-    for name, method in matrix_methods().items():
-        sides[name] = method
-        if name == "sftm":
-            sides["sftm, rank 1/4"] = lambda b, ms: jaxmerge.sftm(
-                b, ms, rank=len(b["kernel"]) // 4
-            )
+    sides = {"SVDs": svds} | matrix_methods()
+    for share in (4, 16):
+        sides[f"sftm, rank 1/{share}"] = lambda b, ms, share=share: jaxmerge.sftm(
+            b, ms, rank=len(b["kernel"]) // share
+        )
     columns, seconds = [], {name: [] for name in sides}
     memory = {name: [] for name in sides}
     for size in args.sizes:
@@ -166,7 +180,8 @@ def main():
     parser.add_argument("--shape", type=int, nargs=2, default=[128, 512])
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    jax.config.update("jax_num_cpu_devices", 8)
+    if "layers" in args.parts and jax.config.jax_platforms in (None, "cpu"):
+        jax.config.update("jax_num_cpu_devices", 8)
     for part in args.parts:
         {"cost": cost, "layers": layers}[part](args)
 

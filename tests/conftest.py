@@ -4,6 +4,8 @@ import os
 
 # Only jax's own flag reaches the processes that tests start themselves.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Simulated devices that wait for each other must not use up all threads.
+os.environ.setdefault("NPROC", "32")
 
 import jax
 import pytest

@@ -1,6 +1,7 @@
 """Models stored as adapters, and adapters merged in the space of their factors."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jaxmerge as jm
-from jaxmerge import LowRank, apply_adapter, core_space, tsv_compress
+from jaxmerge import LowRank, adapters, apply_adapter, core_space, tsv_compress
 from jaxmerge.matrices import MatrixAxes, leaf_axes
 
 
@@ -389,3 +390,11 @@ def test_bad_options_of_compression_are_refused():
         tsv_compress(base, models, rank=0)
     with pytest.raises(ValueError, match="tsv_compress: needs at least one model"):
         tsv_compress(base, [])
+
+
+def test_nothing_of_the_size_of_the_leaf_is_formed_before_the_end():
+    updates = [low_rank(37, 41, 2, seed=i) for i in range(3)]
+    merge = functools.partial(adapters._merge_low, count=3, merge=jm.tsv_merge)
+    text = str(jax.make_jaxpr(merge)({"kernel": updates}))
+    assert "[37,6]" in text
+    assert not re.search(r"\[(\d+,)*(37,41|41,37)\]", text)
