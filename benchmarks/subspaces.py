@@ -18,6 +18,8 @@ import time
 
 # Simulated devices that wait for each other must not use up all threads.
 os.environ.setdefault("NPROC", "32")
+# One thread for LAPACK and for all else: ratios then hold beside other processes too.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import jax.numpy as jnp

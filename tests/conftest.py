@@ -6,6 +6,8 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Simulated devices that wait for each other must not use up all threads.
 os.environ.setdefault("NPROC", "32")
+# Threads of LAPACK that wait for each other are slow beside another busy process.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import pytest

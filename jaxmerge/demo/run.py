@@ -9,6 +9,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +23,13 @@ from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from threadpoolctl import threadpool_limits
 
 from jaxmerge import checkpoints
+from jaxmerge.calibration import calibrate, subspace_boost
 from jaxmerge.demo import training
 from jaxmerge.demo.model import ENCODER, Head, Params
-from jaxmerge.demo.tasks import TASKS, Splits, load_digits, task_data
+from jaxmerge.demo.tasks import TASKS, Labelled, Splits, load_digits, task_data
 from jaxmerge.evaluation import ResultTable
 from jaxmerge.merging import merge_checkpoints
 from jaxmerge.recipes import load_recipe
@@ -34,6 +37,15 @@ from jaxmerge.registry import Method, methods
 
 SCALES = tuple(round(0.1 * i, 1) for i in range(1, 21))
 """The coefficients tried, on validation images, for methods that have one."""
+
+STEPS = {
+    "calibrated": calibrate,
+    "boosted": lambda start, models, merged: subspace_boost(start, merged),
+}
+"""What may follow a merge, as functions of start, models and merged parameters."""
+
+FOLLOWED = ("task_arithmetic", "tsv_merge")
+"""The methods that are also shown with each of `STEPS` after them."""
 
 
 class Experiment(NamedTuple):
@@ -44,16 +56,16 @@ class Experiment(NamedTuple):
         seed: of the split, the training and random methods.
         start: the shared, pretrained parameters.
         tuned: the parameters fine-tuned on each task.
-        heads: each task's frozen head.
-        data: each task's images.
+        heads: the frozen heads of all tasks, stacked.
+        data: the images of all tasks, stacked.
     """
 
     trained: Path
     seed: int
     start: Params
     tuned: dict[str, Params]
-    heads: dict[str, Head]
-    data: dict[str, Splits]
+    heads: Head
+    data: Splits
 
 
 def main(out: str | os.PathLike[str], *, seed: int = 0) -> ResultTable:
@@ -108,10 +120,12 @@ def _train(directory: Path, seed: int, progress: Progress) -> Experiment:
             digits.train.images, seed=seed, progress=report
         ),
     )
-    tuned, heads, data = {}, {}, {}
+    tuned, heads, data = {}, [], []
     for task in TASKS:
-        images = data[task.name] = task_data(task, digits)
-        head = heads[task.name] = training.make_head(start, images.train, task.classes)
+        images = task_data(task, digits)
+        head = training.make_head(start, images.train, task.classes)
+        heads.append(head)
+        data.append(images)
         tuned[task.name] = load(
             task.name,
             f"fine-tuning: {task.description}",
@@ -119,28 +133,36 @@ def _train(directory: Path, seed: int, progress: Progress) -> Experiment:
                 start, head, images.train, seed=seed, progress=report
             ),
         )
+    stack = lambda *arrays: jnp.stack(arrays)  # noqa: E731
+    heads, data = jax.tree.map(stack, *heads), jax.tree.map(stack, *data)
     return Experiment(trained, seed, start, tuned, heads, data)
 
 
 def _merge_all(out: Path, experiment: Experiment, progress: Progress) -> ResultTable:
     tuned = experiment.tuned
-    rows = {"start": _test(experiment, experiment.start)}
-    notes = {}
     able = [method for method in methods().values() if _can_merge(method, len(tuned))]
     bar = progress.add_task("merging", total=len(able))
-    for method in able:
-        options = {}
-        if "scale" in method.options:
-            options["scale"] = _best_scale(method, experiment)
-            notes[method.name] = f"{options['scale']:g}"
-        merged = _merge_as_recipe(out, method, experiment, options)
+    rows, notes = {"start": _test(experiment, experiment.start)}, {}
+
+    def add_rows(method: Method) -> None:
+        merged, scale = _merge(out, method, experiment)
         rows[method.name] = _test(experiment, merged)
+        if scale is not None:
+            notes[method.name] = f"{scale:g}"
+        for step in STEPS if method.name in FOLLOWED else ():
+            name = f"{method.name}, {step}"
+            whole = STEPS[step](experiment.start, list(tuned.values()), merged)
+            scale = _best_scale(experiment, whole)
+            rows[name] = _test(experiment, _scale(experiment.start, whole, scale))
+            notes[name] = f"{scale:g}"
         progress.advance(bar)
+
+    # Compilation, where most of the time goes, occupies one core at a time. Threads of
+    # BLAS beside it would wait for each other more than they compute.
+    with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(add_rows, able))
     individual = [
-        float(training.accuracy(model, experiment.heads[name], *data.test))
-        for (name, model), data in zip(
-            tuned.items(), experiment.data.values(), strict=True
-        )
+        float(_test(experiment, model)[i]) for i, model in enumerate(tuned.values())
     ]
     ranked = sorted(rows.items(), key=lambda row: (row[0] != "start", row[1].mean()))
     return ResultTable(list(tuned), individual, dict(ranked), notes)
@@ -148,37 +170,62 @@ def _merge_all(out: Path, experiment: Experiment, progress: Progress) -> ResultT
 
 def _can_merge(method: Method, models: int) -> bool:
     """Whether a method merges that many models with nothing but what is known here."""
-    asks_more = any(option.required for option in method.options.values())
+    asks_more = method.needs_statistics or any(
+        option.required for option in method.options.values()
+    )
     return (method.max_models or models) >= models and not asks_more
 
 
 def _test(experiment: Experiment, params: Params) -> np.ndarray:
     """The accuracy on each task's test images."""
-    return np.array(
-        [
-            training.accuracy(params, experiment.heads[name], *splits.test)
-            for name, splits in experiment.data.items()
-        ]
-    )
+    return np.asarray(_accuracies(params, experiment.heads, experiment.data.test))
 
 
-_accuracies = jax.jit(jax.vmap(training.accuracy, in_axes=(0, None, None, None)))
+def _merge(
+    out: Path, method: Method, experiment: Experiment
+) -> tuple[Params, float | None]:
+    """Merges with the best scale, if the method has one, which is returned too."""
+    if "scale" not in method.options:
+        return _merge_as_recipe(out, method, experiment, {}), None
+    whole = _merge_as_recipe(out, method, experiment, {"scale": 1.0})
+    scale = _best_scale(experiment, whole)
+    return _merge_as_recipe(out, method, experiment, {"scale": scale}), scale
 
 
-def _best_scale(method: Method, experiment: Experiment) -> float:
-    """The scale with the best mean accuracy on validation images, out of `SCALES`."""
-    models = list(experiment.tuned.values())
+def _best_scale(experiment: Experiment, merged: Params) -> float:
+    """The scale with the best mean accuracy on validation images, out of `SCALES`.
 
-    def merge(scale):
-        call = method.bind({"scale": scale}, experiment.seed, list(experiment.tuned))
-        return call(experiment.start, models)
+    Scales multiply what a merge adds to the start, so `merged` at 1 shows all others.
+    """
+    start, heads, data = experiment.start, experiment.heads, experiment.data.validation
+    return SCALES[int(_mean_accuracies(start, merged, heads, data).argmax())]
 
-    merged = jax.vmap(merge)(jnp.array(SCALES))
-    by_task = [
-        _accuracies(merged, experiment.heads[name], *splits.validation)
-        for name, splits in experiment.data.items()
-    ]
-    return SCALES[int(np.mean(by_task, axis=0).argmax())]
+
+@jax.jit
+def _mean_accuracies(
+    start: Params, merged: Params, heads: Head, data: Labelled
+) -> jax.Array:
+    """The mean accuracy over tasks with each of `SCALES`."""
+
+    def with_scale(scale: jax.Array) -> jax.Array:
+        return _accuracies(_scale(start, merged, scale), heads, data).mean()
+
+    return jax.lax.map(with_scale, jnp.array(SCALES))
+
+
+def _scale(start: Params, merged: Params, scale: Any) -> Params:
+    return jax.tree.map(lambda s, m: s + scale * (m - s), start, merged)
+
+
+@jax.jit
+def _accuracies(params: Params, heads: Head, data: Labelled) -> jax.Array:
+    """The accuracy on each task, whose heads and images are stacked."""
+
+    def on_task(task: tuple[Head, Labelled]) -> jax.Array:
+        head, (images, labels) = task
+        return training.accuracy(params, head, images, labels)
+
+    return jax.lax.map(on_task, (heads, data))
 
 
 def _merge_as_recipe(

@@ -86,7 +86,7 @@ def pretrain(
     pixels = images.shape[1] * images.shape[2]
     decoder = {
         "kernel": jnp.zeros((model.ENCODER.width, pixels)),
-        "bias": jnp.full((pixels,), 0.5),
+        "bias": jnp.full((pixels,), 0.5, jnp.float32),
     }
     trained = _minimise(
         _restoration_loss,
