@@ -164,7 +164,8 @@ def _merge_all(out: Path, experiment: Experiment, progress: Progress) -> ResultT
     individual = [
         float(_test(experiment, model)[i]) for i, model in enumerate(tuned.values())
     ]
-    ranked = sorted(rows.items(), key=lambda row: (row[0] != "start", row[1].mean()))
+    rank = lambda row: (row[0] != "start", row[1].mean(), row[0])  # noqa: E731
+    ranked = sorted(rows.items(), key=rank)
     return ResultTable(list(tuned), individual, dict(ranked), notes)
 
 
