@@ -9,7 +9,7 @@ demo: $(VENV)/ready
 	$(VENV)/bin/jaxmerge demo
 
 test: $(VENV)/ready
-	$(VENV)/bin/python -m pytest -n 2
+	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff format --check .

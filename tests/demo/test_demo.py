@@ -10,6 +10,9 @@ from jaxmerge.demo import run, training
 from jaxmerge.registry import methods
 
 
+pytestmark = pytest.mark.xdist_group("demo")
+
+
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     return tmp_path_factory.mktemp("demo")
