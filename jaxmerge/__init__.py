@@ -17,13 +17,23 @@ if TYPE_CHECKING:
     from jaxmerge.methods.arithmetic import magmax, task_arithmetic
     from jaxmerge.methods.averaging import average, model_stock
     from jaxmerge.methods.dropping import dare, della
+    from jaxmerge.methods.factors import lorm
+    from jaxmerge.methods.fisher import fisher_average, gradient_matching
     from jaxmerge.methods.interference import wudi
+    from jaxmerge.methods.matching import matching_objective, mats, regmean
     from jaxmerge.methods.spherical import slerp
     from jaxmerge.methods.subspaces import iso_c, iso_cts, sftm, tsv_merge
     from jaxmerge.methods.trimming import breadcrumbs, ties
     from jaxmerge.methods.truncating import cart, dc_merge, star
     from jaxmerge.recipes import Recipe, load_recipe
     from jaxmerge.sharding import place
+    from jaxmerge.statistics import Statistics, collect
+    from jaxmerge.submodules.coefficients import (
+        submodule_coefficients,
+        submodule_merge,
+    )
+    from jaxmerge.submodules.interception import submodule
+    from jaxmerge.submodules.linearity import nonlinearity
 
 __version__ = "0.1.0"
 
@@ -31,33 +41,45 @@ __all__ = [
     "LowRank",
     "MatrixAxes",
     "Recipe",
+    "Statistics",
     "apply_adapter",
     "average",
     "breadcrumbs",
     "calibrate",
     "cart",
+    "collect",
     "compare",
     "core_space",
     "dare",
     "dc_merge",
     "della",
+    "fisher_average",
+    "gradient_matching",
     "iso_c",
     "iso_cts",
     "knots",
     "load",
     "load_adapter",
     "load_recipe",
+    "lorm",
     "magmax",
     "map_matrices",
+    "matching_objective",
     "matrix_axes",
+    "mats",
     "merge_checkpoints",
     "model_stock",
+    "nonlinearity",
     "open_checkpoint",
     "place",
+    "regmean",
     "save",
     "sftm",
     "slerp",
     "star",
+    "submodule",
+    "submodule_coefficients",
+    "submodule_merge",
     "subspace_boost",
     "task_arithmetic",
     "task_vector",
@@ -83,13 +105,20 @@ _HOMES = {
     "methods.arithmetic": ["magmax", "task_arithmetic"],
     "methods.averaging": ["average", "model_stock"],
     "methods.dropping": ["dare", "della"],
+    "methods.factors": ["lorm"],
+    "methods.fisher": ["fisher_average", "gradient_matching"],
     "methods.interference": ["wudi"],
+    "methods.matching": ["matching_objective", "mats", "regmean"],
     "methods.spherical": ["slerp"],
     "methods.subspaces": ["iso_c", "iso_cts", "sftm", "tsv_merge"],
     "methods.trimming": ["breadcrumbs", "ties"],
     "methods.truncating": ["cart", "dc_merge", "star"],
     "recipes": ["Recipe", "load_recipe"],
     "sharding": ["place"],
+    "statistics": ["Statistics", "collect"],
+    "submodules.coefficients": ["submodule_coefficients", "submodule_merge"],
+    "submodules.interception": ["submodule"],
+    "submodules.linearity": ["nonlinearity"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

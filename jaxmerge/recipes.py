@@ -290,6 +290,9 @@ def _problems(fields: Mapping[str, Any]) -> Iterator[_Misplaced]:
 
 
 def _method_problems(method: Method, fields: Mapping[str, Any]) -> Iterator[_Misplaced]:
+    if method.needs_statistics:
+        message = f"method {method.name} needs statistics of data, which recipes"
+        yield ("method",), f"{message} cannot give; call jaxmerge.{method.name}"
     if method.needs_base and fields.get("base", "") is None:
         yield ("method",), f"method {method.name} needs a base; add the key 'base'"
     if (

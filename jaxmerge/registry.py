@@ -4,7 +4,6 @@ A method registers once, by decorator; parameters, defaults and descriptions are
 off its signature and docstring, so there is nothing to keep in step.
 """
 
-import functools
 import importlib
 import inspect
 import pkgutil
@@ -33,7 +32,7 @@ class Method(NamedTuple):
 
     Attributes:
         name: the public name.
-        function: `function([base,] models, *, ...) -> params`.
+        function: `function([base,] models, [statistics,] *, ...) -> params`.
         paper: authors, title, venue.
         link: where to read it.
         identity: the options at which a single model comes back as it is; None if
@@ -93,21 +92,32 @@ class Method(NamedTuple):
     @property
     def options(self) -> dict[str, Parameter]:
         """The parameters that a recipe sets."""
-        filled_in = ("key", "names", "info")
+        filled_in = ("key", "names", "info", "base_statistics")
         return {n: p for n, p in self.parameters.items() if n not in filled_in}
 
-    def bind(self, options: Mapping[str, Any], seed: int, names: Sequence[str]) -> Any:
+    def bind(
+        self,
+        options: Mapping[str, Any],
+        seed: int,
+        names: Sequence[str],
+        statistics: Sequence[Any] = (),
+    ) -> Any:
         """The method as `function(base, models)`, whatever parameters it has.
 
         Args:
             options: keyword parameters, those that `options` lists.
             seed: for methods that draw at random.
             names: what such methods know the models by.
+            statistics: of each model, for methods that need them.
         """
         drawn = {"key": seed, "names": list(names)} if self.needs_key else {}
-        if self.needs_base:
-            return functools.partial(self.function, **options, **drawn)
-        return lambda base, models: self.function(models, **options, **drawn)
+        known = (statistics,) if self.needs_statistics else ()
+
+        def call(base: Any, models: Sequence[Any]) -> Any:
+            trees = (base, models) if self.needs_base else (models,)
+            return self.function(*trees, *known, **options, **drawn)
+
+        return call
 
     def needs_whole_model(self, options: Mapping[str, Any]) -> bool:
         """Whether no leaf can be merged before all leaves are known."""

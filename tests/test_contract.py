@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from task_statistics import layer_of, random_statistics
 
 import jaxmerge
 from jaxmerge import leafwise
@@ -51,10 +52,13 @@ def random_models(method: Method, count=3, **kwargs):
 STATIC = ("common", "rank_share")  # They set counts of singular vectors: shapes.
 
 
-def merge(method: Method, base, models, **options):
+def merge(method: Method, base, models, statistics=None, **options):
     if method.needs_key:
         options = {"key": jax.random.key(0)} | options
     inputs = (base, models) if method.needs_base else (models,)
+    if method.needs_statistics:
+        known = random_statistics(models) if statistics is None else statistics
+        inputs = (*inputs, known)
     return method.function(*inputs, **options)
 
 
@@ -118,13 +122,16 @@ def test_models_on_another_sharding_or_on_the_host_are_welcome(method, mesh):
 
 @every_scope
 def test_stacked_layers_equal_a_loop_over_layers(method, options, monkeypatch):
-    if "stack_axes" not in method.parameters:
+    told = "stack_axes" in method.parameters
+    if not told and not method.needs_statistics:
         pytest.skip("treats every entry alone, so layers cannot influence each other")
     if options.get("scope") == "model":
         pytest.skip("ranks the entries of all layers together")
     shapes = {"kernel": (3, 16, 8), "bias": (3, 8)}
     base, models = random_models(method, shapes=shapes)
-    stacked = merge(method, base, models, stack_axes=1, **options)
+    known = random_statistics(models, stacked=1)
+    axes = {"stack_axes": 1} if told else {}
+    stacked = merge(method, base, models, known, **axes, **options)
     of_leaf = leafwise.leaf_keys
     for i in range(3):
         layer = lambda tree: jax.tree.map(lambda x: x[i], tree)  # noqa: B023, E731
@@ -133,7 +140,9 @@ def test_stacked_layers_equal_a_loop_over_layers(method, options, monkeypatch):
             for key in of_leaf(*args)
         ]
         monkeypatch.setattr(leafwise, "leaf_keys", keys)
-        looped = merge(method, layer(base), [layer(m) for m in models], **options)
+        layers = [layer(model) for model in models]
+        of_layer = [layer_of(k, m, i) for k, m in zip(known, layers, strict=True)]
+        looped = merge(method, layer(base), layers, of_layer, **options)
         assert_close(layer(stacked), looped)
 
 
@@ -150,13 +159,16 @@ def test_methods_that_mix_entries_can_be_told_of_stacked_layers(method):
         for ms in (models, grown)
     ]
     mixes = not np.allclose(*merged, atol=1e-5)
-    assert not mixes or "stack_axes" in method.parameters
+    # Statistics know of stacked layers.
+    assert not mixes or "stack_axes" in method.parameters or method.needs_statistics
 
 
 @every_method
 def test_order_of_models_is_without_effect_if_declared(method):
     base, models = random_models(method)
-    a, b = merge(method, base, models), merge(method, base, models[::-1])
+    known = random_statistics(models)
+    a = merge(method, base, models, known)
+    b = merge(method, base, models[::-1], known[::-1])
     if method.symmetric:
         assert_close(a, b, atol=5e-6)  # Truncation magnifies rounding.
     elif method.needs_key:

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -57,7 +58,7 @@ def test_table_of_methods_is_that_of_the_registry():
 
 
 def test_python_examples_run(checkpoints):
-    first, second, steps, adapters = blocks("python")
+    first, second, steps, adapters, data = blocks("python")
     exec(first, {})
     assert jaxmerge.load("checkpoints/merged")["mlp"]["kernel"].shape == (4, 4)
     names: dict = {}
@@ -73,6 +74,11 @@ def test_python_examples_run(checkpoints):
     ]
     assert ranks == [1, 4]
     assert names["calibrated"]["mlp"]["kernel"].shape == (4, 4)
+    with jax.numpy_rank_promotion("allow"):  # The bias of its model.
+        exec(data, names)
+    np.testing.assert_allclose(
+        names["matched"]["mlp"]["kernel"], names["merged"]["mlp"]["kernel"], atol=0.1
+    )
     exec(adapters, names)
     assert np.abs(names["merged"]["mlp.weight"] - names["base"]["mlp.weight"]).max() > 0
 

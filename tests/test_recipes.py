@@ -174,6 +174,10 @@ def test_message_names_the_line(text, line, message):
             "r.yaml:2: method ties needs a base; add the key 'base'",
         ),
         (
+            "models: [a]\nmethod: regmean",
+            "r.yaml:2: method regmean needs statistics of data, which recipes cannot",
+        ),
+        (
             "method: average\nmodels: [a]\nbase: b",
             "r.yaml:3: method average has no base; remove it",
         ),

@@ -1,5 +1,8 @@
 import inspect
 
+import numpy as np
+from task_statistics import statistics_of
+
 from jaxmerge import registry
 from jaxmerge.registry import methods
 
@@ -37,3 +40,14 @@ def test_a_registered_function_stays_itself(monkeypatch):
     method = registry._METHODS["halfway"]
     assert (method.summary, method.max_models) == ("Goes half the way.", 3)
     assert method.scopes == ()
+
+
+def test_methods_get_the_statistics_that_they_need():
+    base, models = {"w": np.zeros(2, np.float32)}, [{"w": np.ones(2, np.float32)}] * 2
+    statistics = [statistics_of(m, fisher={"w": np.ones(2)}) for m in models]
+    for name in ("fisher_average", "gradient_matching"):
+        method = methods()[name]
+        assert method.needs_statistics
+        assert not {"statistics", "base_statistics"} & set(method.options)
+        call = method.bind({"weights": [0.5, 0.5]}, 0, ["a", "b"], statistics)
+        np.testing.assert_allclose(call(base, models)["w"], 1)

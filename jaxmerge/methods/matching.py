@@ -1,0 +1,378 @@
+"""Merges that keep what each model does on its own data: a linear system per leaf.
+
+Tam et al., "Merging by Matching Models in Task Parameter Subspaces", TMLR 2024,
+arXiv:2312.04339.
+Jin et al., "Dataless Knowledge Fusion by Merging Weights of Language Models", ICLR
+2023, arXiv:2212.09849.
+
+Merged leaves can be differentiated forwards alone: the number of steps depends on the
+values.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.core import Tracer
+
+from jaxmerge.leafwise import ABSENT, Kernel
+from jaxmerge.linalg import SolveInfo
+from jaxmerge.matrixwise import map_task_matrices, merge_matrices, plan_matrices
+from jaxmerge.methods.curvature import (
+    Normalize,
+    Precondition,
+    Stop,
+    curvatures,
+    solve,
+    solve_fully,
+)
+from jaxmerge.methods.evidence import Evidence, Metric, Problem, pose
+from jaxmerge.methods.fisher import merge_weighted
+from jaxmerge.options import PerModel, choice, number, whole_number, without_effect
+from jaxmerge.registry import register
+from jaxmerge.statistics.types import Statistics
+from jaxmerge.tree import Params, check_alike, named_leaves, rebuild
+
+Others = Literal["average", "diagonal"]
+
+
+@register(
+    paper="Tam et al., Matching Models in Task Parameter Subspaces, TMLR 2024",
+    link="https://arxiv.org/abs/2312.04339",
+    gathers=True,
+)
+def mats(
+    models: Sequence[Params],
+    statistics: Sequence[Statistics],
+    *,
+    metric: Metric = "gram",
+    weights: PerModel = 1.0,
+    init: Any = "average",
+    steps: int = 100,
+    stop: Stop = "relative",
+    rtol: float = 1e-5,
+    precondition: Precondition = "none",
+    shrinkage: float = 1.0,
+    ridge: float = 0.0,
+    normalize: Normalize = "count",
+    others: Others = "average",
+    info: bool = False,
+) -> Any:
+    r"""Matches models where their data lie, by a few steps of conjugate gradients.
+
+    Takes steps towards the solution of $\sum_t w_t C_t \theta = \sum_t w_t C_t
+    \theta_t$, leaf by leaf. Early steps settle the directions of largest curvature;
+    what they have not reached stays as in `init`.
+
+    Args:
+        models: pytrees of one structure, of arrays of any shape.
+        statistics: of each model, with what `metric` needs.
+        metric: the curvature $C_t$. For weights, with $A_t$ the mean of $x x^T$ over
+            their inputs and $G_t$ that of $g g^T$ over the gradients of their outputs:
+            `"gram"`, $A_t$ alone (RegMean's objective), or `"kronecker"`, the product
+            of both (K-FAC). For all leaves: `"fisher"`, the diagonal of the Fisher
+            information, or `"identity"`. For small vectors: `"fisher_block"`, the whole
+            of it.
+        weights: $w_t$, dimensionless. May be traced.
+        init: where the steps start: `"average"`, `"regmean"` at its defaults, or a
+            pytree like the models; the authors take task arithmetic at 0.3.
+        steps: the most steps. The authors take 100, and 10 for vectors.
+        stop: `"relative"` stops when what is left of the equations is `rtol` of the sum
+            over tasks of the norms of $w_t C_t (\theta_t - \theta_0)$ at `init`;
+            `"steps"` at `steps`. `"published"` is what the authors' runs do: a leaf
+            stays as in `init` if the norm of what is left is at most `rtol` there, an
+            absolute number that depends on the scale of gradients; others stop when it
+            is at most `rtol` of the norm of $\sum_t w_t C_t \theta_t$.
+        rtol: as `stop` says, dimensionless.
+        precondition: `"jacobi"` or `"kronecker"` solve the system in fewer steps, but
+            other directions come first. `"kronecker"` is for second moments alone
+            and, where these are of few samples, goes with a ridge.
+        shrinkage: what off-diagonal entries of $A_t$ and $G_t$ are multiplied by.
+        ridge: how much of its own diagonal is added to the left side, dimensionless,
+            which holds leaves at `init`.
+        normalize: how tasks compare: `"count"` takes means over tokens (examples for
+            Fisher information), `"trace"` curvatures of mean one, and `"none"` lets
+            a task weigh in by its amount of data.
+        others: what becomes of leaves that `metric` has no statistics of: the
+            `"average"`, as the authors do, or, with `"diagonal"`, one where each entry
+            weighs by how much it was used, as rows of embeddings by how often they were
+            looked up. Use says nothing of what a change does to the loss.
+        info: whether to return, besides the merged tree, a `SolveInfo` per leaf.
+
+    Returns:
+        A pytree like the first model, in its dtypes and shardings; arithmetic is in
+        float32. With `info`, also a dict from paths to `SolveInfo`, with a leading axis
+        for stacked layers, and residuals as `stop="relative"` measures them.
+
+    Raises:
+        ValueError: no models, trees that are not alike, statistics that do not belong
+            to them or lack what `metric` needs, or an invalid option.
+
+    Example:
+        >>> from jaxmerge.statistics import collect
+        >>> def apply(params, x):
+        ...     return x @ params["kernel"]
+        >>> models = [{"kernel": jnp.eye(2)}, {"kernel": 3 * jnp.eye(2)}]
+        >>> data = [[jnp.diag(jnp.array([2.0, 1.0]))], [jnp.eye(2)]]
+        >>> known = [collect(apply, *both) for both in zip(models, data)]
+        >>> merged, info = mats(models, known, info=True)
+        >>> print(merged["kernel"].round(4), info["kernel"].steps)
+        [[1.4 0. ]
+         [0.  2. ]] 1
+    """
+    choice("mats", "stop", stop, get_args(Stop))
+    choice("mats", "precondition", precondition, get_args(Precondition))
+    if metric in ("fisher", "identity"):
+        needs = "a metric of second moments"
+        without_effect("mats", "shrinkage", shrinkage, 1.0, needs)
+        if precondition == "kronecker":
+            raise ValueError(
+                f"mats: precondition='kronecker' needs {needs}, not {metric!r}, whose "
+                "diagonal is all there is; set precondition='jacobi'."
+            )
+    if isinstance(init, str):
+        choice("mats", "init", init, ("average", "regmean"))
+        start = None
+        if init == "regmean":
+            start = regmean(models, statistics, weights=weights, normalize=normalize)
+    else:
+        start = init
+    merged, told = _match(
+        solve,
+        "mats",
+        models,
+        statistics,
+        metric=metric,
+        weights=weights,
+        normalize=normalize,
+        others=others,
+        start=start,
+        numbers={
+            "rtol": number("mats", "rtol", rtol, "[0, inf)"),
+            "shrinkage": number("mats", "shrinkage", shrinkage, "[0, 1]"),
+            "ridge": number("mats", "ridge", ridge, "[0, inf)"),
+        },
+        started=start is not None,
+        stop=stop,
+        steps=whole_number("mats", "steps", steps, least=0),
+        precondition=precondition,
+    )
+    return (merged, told) if info else merged
+
+
+@register(
+    paper="Jin et al., Dataless Knowledge Fusion (RegMean), ICLR 2023",
+    link="https://arxiv.org/abs/2212.09849",
+    gathers=True,
+)
+def regmean(
+    models: Sequence[Params],
+    statistics: Sequence[Statistics],
+    *,
+    weights: PerModel = 1.0,
+    shrinkage: float = 0.9,
+    ridge: float = 1e-4,
+    normalize: Normalize = "count",
+    others: Others = "average",
+    info: bool = False,
+) -> Any:
+    r"""Merges weights so that their outputs on all tasks' inputs change least.
+
+    $W = \arg\min \sum_t w_t \mathrm{E} \|W x - W_t x\|^2 = \left(\sum_t w_t W_t A_t
+    \right) \left(\sum_t w_t A_t\right)^{-1}$, with $A_t$ the mean of $x x^\top$ over
+    the inputs $x$ that model $t$ gives the weight on its data.
+
+    Args:
+        models: pytrees of one structure, of arrays of any shape.
+        statistics: of each model, with `gram`.
+        weights: $w_t$, dimensionless. May be traced.
+        shrinkage: what off-diagonal entries of $A_t$ are multiplied by, in [0, 1]; 0
+            averages each input's weights by its power. Authors' values lie between 0.1
+            and 1, most of them at 0.9 and 0.95.
+        ridge: how much of its own diagonal is added to $\sum_t w_t A_t$, which holds
+            directions that no task has data in at the average. Below $10^{-5}$, these
+            fill with rounding errors.
+        normalize: how tasks compare: `"count"` takes means over tokens, `"trace"`
+            $A_t$ of mean diagonal one, and `"none"` sums over tokens.
+        others: what becomes of leaves that have no $A_t$: the `"average"`, as the
+            authors do, or, with `"diagonal"`, one where each entry weighs by how much
+            it was used, as rows of embeddings by how often they were looked up: for
+            these, the same objective.
+        info: whether to return, besides the merged tree, a `SolveInfo` per leaf.
+
+    Returns:
+        A pytree like the first model, in its dtypes and shardings; arithmetic is in
+        float32. With `info`, also a dict from paths to `SolveInfo`, with a leading axis
+        for stacked layers: the inverse is a few steps of conjugate gradients, after a
+        factorisation, that make up for what float32 loses in it.
+
+    Raises:
+        ValueError: no models, trees that are not alike, statistics that do not belong
+            to them or have no `gram`, or an invalid option.
+
+    Example:
+        >>> from jaxmerge.statistics import collect
+        >>> def apply(params, x):
+        ...     return x @ params["kernel"]
+        >>> models = [{"kernel": jnp.eye(2)}, {"kernel": 3 * jnp.eye(2)}]
+        >>> data = [[jnp.diag(jnp.array([2.0, 1.0]))], [jnp.eye(2)]]
+        >>> known = [collect(apply, *both) for both in zip(models, data)]
+        >>> print(regmean(models, known, ridge=0.0)["kernel"].round(4))
+        [[1.4 0. ]
+         [0.  2. ]]
+    """
+    merged, told = _match(
+        solve_fully,
+        "regmean",
+        models,
+        statistics,
+        metric="gram",
+        weights=weights,
+        normalize=normalize,
+        others=others,
+        numbers={
+            "shrinkage": number("regmean", "shrinkage", shrinkage, "[0, 1]"),
+            "ridge": number("regmean", "ridge", ridge, "[0, inf)"),
+        },
+    )
+    return (merged, told) if info else merged
+
+
+def matching_objective(
+    models: Sequence[Params],
+    statistics: Sequence[Statistics],
+    params: Params,
+    *,
+    metric: Metric = "gram",
+    weights: PerModel = 1.0,
+    normalize: Normalize = "count",
+) -> dict[str, Array]:
+    r"""How far `params` are from the models where the models' data lie.
+
+    $\sum_t w_t (\theta - \theta_t)^\top C_t (\theta - \theta_t)$: what `mats` makes
+    small. With `metric="gram"` that is the mean squared change of the outputs of a
+    weight on each task's inputs, summed over tasks and outputs.
+
+    Args:
+        models: pytrees of one structure, of arrays of any shape.
+        statistics: of each model, with what `metric` needs.
+        params: a pytree like the models, such as a merge of them.
+        metric: as for `mats`.
+        weights: as for `mats`.
+        normalize: as for `mats`.
+
+    Returns:
+        By path, for the leaves that `metric` has statistics of, a number, or an array
+        of one per stacked layer.
+
+    Raises:
+        ValueError: as `mats`.
+
+    Example:
+        >>> from jaxmerge.statistics import collect
+        >>> def apply(params, x):
+        ...     return x @ params["kernel"]
+        >>> models = [{"kernel": jnp.eye(2)}, {"kernel": 3 * jnp.eye(2)}]
+        >>> known = [collect(apply, model, [jnp.eye(2)]) for model in models]
+        >>> average = {"kernel": 2 * jnp.eye(2)}
+        >>> for params in (models[0], average):
+        ...     print(matching_objective(models, known, params)["kernel"])
+        4.0
+        2.0
+    """
+    method = "matching_objective"
+    choice(method, "normalize", normalize, get_args(Normalize))
+    problem = pose(method, models, statistics, metric, weights)
+    params = _covered(method, problem, models, "params", params)
+    plan = plan_matrices(
+        ABSENT,
+        [*problem.models, params, *problem.fishers],
+        method=method,
+        axes=problem.axes,
+        beside=problem.evidence,
+    )
+    values = map_task_matrices(_distance, plan, normalize=normalize)
+    return {path: value for path, (value,) in values.items()}
+
+
+def _distance(
+    matrices: Sequence[Array], *, beside: Sequence[Evidence], normalize: Normalize
+) -> Array:
+    tasks = len(beside)
+    deltas = [matrices[tasks] - matrix for matrix in matrices[:tasks]]
+    beside = jax.tree.map(lambda x: x.astype(deltas[0].dtype), beside)
+    of_tasks = curvatures(beside, matrices[tasks + 1 :], normalize)
+    pairs = zip(of_tasks, deltas, strict=True)
+    return sum((jnp.sum(delta * c(delta)) for c, delta in pairs), jnp.zeros(()))
+
+
+def _covered(
+    method: str, problem: Problem, models: Sequence[Params], name: str, tree: Params
+) -> dict[str, Any]:
+    """The leaves of a further tree that the problem covers."""
+    try:
+        check_alike(models[0], [tree], names=["models[0]", name])
+    except ValueError as error:
+        raise ValueError(f"{method}: {error}") from None
+    leaves = named_leaves(tree)
+    return {path: leaves[path] for path in problem.axes}
+
+
+def _match(
+    kernel: Kernel,
+    method: str,
+    models: Sequence[Params],
+    statistics: Sequence[Statistics],
+    *,
+    metric: Metric,
+    weights: PerModel,
+    normalize: Normalize,
+    others: Others,
+    numbers: Mapping[str, Any],
+    start: Params | None = None,
+    **choices: Any,
+) -> tuple[Params, dict[str, SolveInfo]]:
+    """Solves the systems of the leaves that `metric` covers; others by policy."""
+    choice(method, "normalize", normalize, get_args(Normalize))
+    choice(method, "others", others, get_args(Others))
+    problem = pose(method, models, statistics, metric, weights)
+    starts = [] if start is None else [_covered(method, problem, models, "init", start)]
+    merged, told = merge_matrices(
+        kernel,
+        ABSENT,
+        [*problem.models, *starts, *problem.fishers],
+        method=method,
+        axes=problem.axes,
+        beside=problem.evidence,
+        numbers=numbers,
+        normalize=normalize,
+        **choices,
+    )
+    _warn_of_indefinite(method, told)
+    leaves = [named_leaves(model) for model in models]
+    used = [known.diagonal if others == "diagonal" else {} for known in statistics]
+    rest = merge_weighted(
+        method,
+        [{p: leaf for p, leaf in tree.items() if p not in merged} for tree in leaves],
+        statistics,
+        used,
+        weights=weights,
+        normalize=normalize,
+    )
+    return rebuild(models[0], {**merged, **rest}), told
+
+
+def _warn_of_indefinite(method: str, told: Mapping[str, SolveInfo]) -> None:
+    flags = {path: info.indefinite for path, info in told.items()}
+    known = {p: flag for p, flag in flags.items() if not isinstance(flag, Tracer)}
+    if bad := [path for path, flag in known.items() if jnp.any(flag)]:
+        more = f" and {len(bad) - 5} more" if bad[5:] else ""
+        warnings.warn(
+            f"{method}: the systems of these leaves are not positive definite: "
+            f"{', '.join(bad[:5])}{more}. The last step before that showed is kept. "
+            "Take weights that are not negative; with few tokens, a ridge of 1e-4.",
+            stacklevel=4,
+        )

@@ -1,0 +1,16 @@
+"""Statistics of data: what it tells about each weight of any JAX model."""
+
+from jaxmerge.statistics.collecting import collect, trace
+from jaxmerge.statistics.storage import load_statistics, save_statistics
+from jaxmerge.statistics.types import Site, Statistics, Trace, Unknown
+
+__all__ = [
+    "Site",
+    "Statistics",
+    "Trace",
+    "Unknown",
+    "collect",
+    "load_statistics",
+    "save_statistics",
+    "trace",
+]

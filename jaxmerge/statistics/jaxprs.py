@@ -1,0 +1,110 @@
+"""What differs between versions of JAX in how jaxprs are made, in one place."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jax.extend import core
+
+Equation = Any
+Atom = Any
+
+CHECKPOINTS = frozenset({"checkpoint", "remat", "remat2"})
+
+CALLS = CHECKPOINTS | {
+    "call",
+    "closed_call",
+    "core_call",
+    "custom_jvp_call",
+    "custom_vjp_call",
+    "jit",
+    "pjit",
+}
+"""Primitives that run one jaxpr once, on their operands."""
+
+
+class Body(NamedTuple):
+    """A jaxpr inside an equation.
+
+    Attributes:
+        jaxpr: its equations.
+        consts: arrays that it closes over.
+    """
+
+    jaxpr: Any
+    consts: Sequence[Any]
+
+
+class Loop(NamedTuple):
+    """A scan or a while loop; operands are constants, then what is carried, then xs."""
+
+    body: Body
+    constants: slice
+    carry: slice
+    xs: slice
+
+    def invariant(self, index: int) -> bool:
+        """Whether the loop hands on what it carries at `index` as it is."""
+        constants = self.constants.stop - self.constants.start
+        variable = self.body.jaxpr.invars[constants + index]
+        return self.body.jaxpr.outvars[index] is variable
+
+
+def body_of(jaxpr: Any) -> Body:
+    """Takes apart what parameters of equations hold: jaxprs, closed or not."""
+    return Body(getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ()))
+
+
+def called(eqn: Equation) -> Body:
+    """The body of one of `CALLS`."""
+    names = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+    return body_of(next(eqn.params[name] for name in names if name in eqn.params))
+
+
+def scan_of(eqn: Equation) -> Loop:
+    """How the operands of a scan are divided."""
+    params = eqn.params
+    if "num_consts" in params:
+        constants, carry = params["num_consts"], params["num_carry"]
+    else:
+        constants, carry, _ = (len(part) for part in params["ft_in"].unpack())
+    return Loop(
+        body_of(params["jaxpr"]),
+        slice(0, constants),
+        slice(constants, constants + carry),
+        slice(constants + carry, len(eqn.invars)),
+    )
+
+
+def while_of(eqn: Equation) -> Loop:
+    """How the operands of a while loop are divided, without those of its condition."""
+    start = eqn.params["cond_nconsts"]
+    end = start + eqn.params["body_nconsts"]
+    return Loop(
+        body_of(eqn.params["body_jaxpr"]),
+        slice(start, end),
+        slice(end, len(eqn.invars)),
+        slice(0),
+    )
+
+
+def branches_of(eqn: Equation) -> list[Body]:
+    """The branches of a cond."""
+    return [body_of(branch) for branch in eqn.params["branches"]]
+
+
+def is_literal(atom: Atom) -> bool:
+    """Whether an operand is written out in the jaxpr."""
+    return isinstance(atom, core.Literal)
+
+
+def bind(jaxpr: Any, eqn: Equation, operands: Sequence[Any]) -> list[Any]:
+    """Runs one equation of `jaxpr`."""
+    given = {
+        atom: operand
+        for atom, operand in zip(eqn.invars, operands, strict=True)
+        if not is_literal(atom)
+    }
+    alone = jaxpr.replace(
+        constvars=[], invars=list(given), outvars=list(eqn.outvars), eqns=[eqn]
+    )
+    return core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*given.values())

@@ -1,0 +1,1 @@
+"""Merging a model submodule by submodule."""
