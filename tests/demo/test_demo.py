@@ -9,7 +9,6 @@ import yaml
 from jaxmerge.demo import run, training
 from jaxmerge.registry import methods
 
-
 pytestmark = pytest.mark.xdist_group("demo")
 
 
