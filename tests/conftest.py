@@ -12,10 +12,23 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import jax
 import pytest
 
+# Most of the time of the tests is compilation, which these settings halve. XLA refuses
+# flags that it does not know, as newer versions do the second one.
+FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
+if jax.__version_info__ < (0, 11):
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Most of the time of the tests is compilation.
 jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_code_is_dropped():
+    """The system limits how many pieces of code a process has in memory."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture
