@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from jaxmerge.methods.alignment import knots
     from jaxmerge.methods.arithmetic import magmax, task_arithmetic
     from jaxmerge.methods.averaging import average, model_stock
+    from jaxmerge.methods.drift import lot_merge
     from jaxmerge.methods.dropping import dare, della
     from jaxmerge.methods.factors import lorm
     from jaxmerge.methods.fisher import fisher_average, gradient_matching
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     )
     from jaxmerge.submodules.interception import submodule
     from jaxmerge.submodules.linearity import nonlinearity
+    from jaxmerge.submodules.progressive import regmean_plus_plus
 
 __version__ = "0.1.0"
 
@@ -62,6 +64,7 @@ __all__ = [
     "load_adapter",
     "load_recipe",
     "lorm",
+    "lot_merge",
     "magmax",
     "map_matrices",
     "matching_objective",
@@ -73,6 +76,7 @@ __all__ = [
     "open_checkpoint",
     "place",
     "regmean",
+    "regmean_plus_plus",
     "save",
     "sftm",
     "slerp",
@@ -104,6 +108,7 @@ _HOMES = {
     "methods.alignment": ["knots"],
     "methods.arithmetic": ["magmax", "task_arithmetic"],
     "methods.averaging": ["average", "model_stock"],
+    "methods.drift": ["lot_merge"],
     "methods.dropping": ["dare", "della"],
     "methods.factors": ["lorm"],
     "methods.fisher": ["fisher_average", "gradient_matching"],
@@ -119,6 +124,7 @@ _HOMES = {
     "submodules.coefficients": ["submodule_coefficients", "submodule_merge"],
     "submodules.interception": ["submodule"],
     "submodules.linearity": ["nonlinearity"],
+    "submodules.progressive": ["regmean_plus_plus"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -19,6 +19,7 @@ from jaxmerge import sharding
 from jaxmerge.leafwise import task_vector, wide
 from jaxmerge.linalg import leading_svd, map_matrices, matmul
 from jaxmerge.lowrank import LowRank, apply_adapter, check_adapter, join_update
+from jaxmerge.matrices import MatrixRules
 from jaxmerge.matrixwise import Others, map_task_matrices, plan_matrices
 from jaxmerge.methods.arithmetic import task_arithmetic
 from jaxmerge.options import Leaf, PerLeaf, choice, per_leaf, whole_number
@@ -32,7 +33,7 @@ def tsv_compress(
     models: Sequence[Params],
     *,
     rank: int | None = None,
-    matrices: Mapping[str, str] | None = None,
+    matrices: MatrixRules | None = None,
     stack_axes: PerLeaf = 0,
 ) -> list[dict[str, LowRank | Array]]:
     """Stores each model as what the leading singular vectors of its tasks add to base.
@@ -49,8 +50,8 @@ def tsv_compress(
             adapters together then take about as much as two models. Ranks of at
             most a sixteenth of the full one are found by random projection, with a
             remainder of at most 1.005 times the least.
-        matrices: axis patterns of leaves by path, before the presets of
-            `jaxmerge.matrices`.
+        matrices: axis patterns of leaves by path, or `trace(...).axes`, before the
+            presets of `jaxmerge.matrices`.
         stack_axes: how many leading axes of a leaf stack independent layers; a number
             or rules.
 
@@ -112,7 +113,7 @@ def core_space(
     merge: Callable[[Params, list[Params]], Params],
     scale: PerLeaf = 1.0,
     others: Others = "average",
-    matrices: Mapping[str, str] | None = None,
+    matrices: MatrixRules | None = None,
     stack_axes: int | Mapping[str, int] = 0,
 ) -> Params:
     r"""Merges adapters with any method in the small space that their factors span.
@@ -138,8 +139,8 @@ def core_space(
             be traced.
         others: what becomes of dense task vectors: their `"average"` (over all
             adapters), their sum with `"task_arithmetic"`, or `"base"`.
-        matrices: axis patterns of leaves by path, before the presets of
-            `jaxmerge.matrices`.
+        matrices: axis patterns of leaves by path, or `trace(...).axes`, before the
+            presets of `jaxmerge.matrices`.
         stack_axes: how many leading axes of a leaf stack independent layers; a number
             or rules.
 
@@ -193,7 +194,7 @@ def core_space(
 def _paths_by_kind(
     base: Params,
     adapters: Sequence[Adapter],
-    matrices: Mapping[str, str] | None,
+    matrices: MatrixRules | None,
     stack_axes: int | Mapping[str, int],
 ) -> tuple[list[str], list[str]]:
     """The paths of updates of low rank and of dense ones, all checked."""

@@ -9,13 +9,14 @@ singular values. Embeddings are looked up, not multiplied: they count as matrice
 where a rule in `matrices` says so, such as `{".*embedding": "io"}`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import Array
 
 from jaxmerge.leafwise import check_models
 from jaxmerge.linalg import leading_svd, matmul
+from jaxmerge.matrices import MatrixRules
 from jaxmerge.matrixwise import Fused, merge_matrices
 from jaxmerge.numerics import norm, safe_divide
 from jaxmerge.options import PerLeaf, number
@@ -28,7 +29,7 @@ def calibrate(
     merged: Params,
     *,
     floor: float | None = None,
-    matrices: Mapping[str, str] | None = None,
+    matrices: MatrixRules | None = None,
     stack_axes: PerLeaf = 0,
     fused: Fused | None = None,
 ) -> Params:
@@ -56,8 +57,8 @@ def calibrate(
         merged: the result of a merge, a pytree like `base`.
         floor: $\alpha$, in (0, 1]; None for 1/T. 1 never scales up; the authors use it
             after TSV-M and WUDI. May be traced.
-        matrices: axis patterns of leaves by path, before the presets of
-            `jaxmerge.matrices`.
+        matrices: axis patterns of leaves by path, or `trace(...).axes`, before the
+            presets of `jaxmerge.matrices`.
         stack_axes: how many leading axes of a leaf stack independent layers; a number
             or rules.
         fused: leaves that hold several matrices side by side, such as queries, keys
@@ -121,7 +122,7 @@ def subspace_boost(
     merged: Params,
     *,
     share: float = 0.01,
-    matrices: Mapping[str, str] | None = None,
+    matrices: MatrixRules | None = None,
     stack_axes: PerLeaf = 0,
     fused: Fused | None = None,
 ) -> Params:
@@ -139,8 +140,8 @@ def subspace_boost(
         merged: the result of a merge, a pytree like `base`.
         share: the share of the nuclear norm that keeps its singular values, in [0, 1]:
             0 makes all equal to the largest, 1 leaves them as they are. May be traced.
-        matrices: axis patterns of leaves by path, before the presets of
-            `jaxmerge.matrices`.
+        matrices: axis patterns of leaves by path, or `trace(...).axes`, before the
+            presets of `jaxmerge.matrices`.
         stack_axes: how many leading axes of a leaf stack independent layers; a number
             or rules.
         fused: leaves that hold several matrices side by side, such as queries, keys

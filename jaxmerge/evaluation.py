@@ -13,13 +13,14 @@ class ResultTable(NamedTuple):
         tasks: the names of the tasks, T of them.
         individual: the accuracy on each task of the model fine-tuned on it alone, (T,).
         rows: the accuracies (T,) of each other model, by name, in the order shown.
-        notes: what to say of a row beside it, such as the coefficient chosen.
+        notes: further columns by title, such as the coefficient chosen: what to say of
+            each row, by its name. Columns without an entry are not shown.
     """
 
     tasks: Sequence[str]
     individual: Sequence[float] | np.ndarray
     rows: Mapping[str, Sequence[float] | np.ndarray]
-    notes: Mapping[str, str] = {}
+    notes: Mapping[str, Mapping[str, str]] = {}
 
     def mean(self, name: str) -> float:
         """The mean accuracy of a row over tasks."""
@@ -30,9 +31,12 @@ class ResultTable(NamedTuple):
         return float(np.mean(np.divide(self.rows[name], self.individual)))
 
     def cells(self) -> list[list[str]]:
-        """The table as text: a header, a row per model, the individual models last."""
-        noted = any(self.notes.values())
-        header = ["model", *self.tasks, "mean", "normalised", *(["scale"] * noted)]
+        """The table as text: a header, a row per model, the individual models last.
+
+        All in per cent; "norm." is `normalised`.
+        """
+        notes = {title: of_rows for title, of_rows in self.notes.items() if of_rows}
+        header = ["model", *self.tasks, "mean", "norm.", *notes]
         everything = self._replace(rows={**self.rows, "individual": self.individual})
         return [header] + [
             [
@@ -40,7 +44,7 @@ class ResultTable(NamedTuple):
                 *(f"{100 * accuracy:.1f}" for accuracy in accuracies),
                 f"{100 * everything.mean(name):.1f}",
                 f"{100 * everything.normalised(name):.1f}",
-                *([self.notes.get(name, "")] * noted),
+                *(of_rows.get(name, "") for of_rows in notes.values()),
             ]
             for name, accuracies in everything.rows.items()
         ]
@@ -51,7 +55,7 @@ class ResultTable(NamedTuple):
         Example:
             >>> table = ResultTable(["a", "b"], [0.9, 1.0], {"start": [0.45, 0.7]})
             >>> print(table.markdown())
-            | model | a | b | mean | normalised |
+            | model | a | b | mean | norm. |
             |---|---:|---:|---:|---:|
             | start | 45.0 | 70.0 | 57.5 | 60.0 |
             | individual | 90.0 | 100.0 | 95.0 | 100.0 |

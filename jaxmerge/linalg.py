@@ -311,7 +311,7 @@ def conjugate_gradient(
     precondition: Callable[[Array], Array] | None = None,
     rtol: Array | float = 1e-6,
     atol: Array | float = 0.0,
-    max_steps: int = 200,
+    max_steps: Array | int = 200,
 ) -> tuple[Array, SolveInfo]:
     """Solves apply(x) = right, from a start, without a matrix.
 

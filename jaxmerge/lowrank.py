@@ -21,7 +21,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmerge import sharding
 from jaxmerge.leafwise import wide
-from jaxmerge.matrices import MatrixAxes, from_matrix, leaf_axes, matrix_shape
+from jaxmerge.matrices import (
+    MatrixAxes,
+    MatrixRules,
+    from_matrix,
+    leaf_axes,
+    matrix_shape,
+)
 from jaxmerge.options import Leaf, PerLeaf, per_leaf
 from jaxmerge.tree import Params, is_float, named_leaves, rebuild
 
@@ -60,7 +66,7 @@ def apply_adapter(
     adapter: Mapping[str, LowRank | Array | np.ndarray],
     *,
     scale: PerLeaf = 1.0,
-    matrices: Mapping[str, str] | None = None,
+    matrices: MatrixRules | None = None,
     stack_axes: int | Mapping[str, int] = 0,
 ) -> Params:
     r"""The model that an adapter makes of its base: $\theta_0 + \lambda\,\Delta$.
@@ -70,7 +76,7 @@ def apply_adapter(
         adapter: from leaf paths of `base` to a `LowRank` or a task vector in the
             layout of the leaf. Ranks may differ from leaf to leaf.
         scale: $\lambda$, dimensionless; may be traced.
-        matrices: axis patterns of leaves by path, before the presets, see
+        matrices: axis patterns of leaves by path, or axes, before the presets, see
             `matrix_axes`: which axes are inputs and outputs of the `LowRank`. Tables
             that are looked up, such as embeddings, have their rows as inputs.
         stack_axes: how many leading axes of a leaf stack independent layers.
@@ -114,7 +120,7 @@ def check_adapter(
     caller: str,
     base: Params,
     adapter: Mapping[str, LowRank | Array | np.ndarray],
-    matrices: Mapping[str, str] | None,
+    matrices: MatrixRules | None,
     stack_axes: int | Mapping[str, int],
 ) -> dict[str, MatrixAxes | None]:
     """The axes of each leaf that a `LowRank` speaks of; None for a dense update.
@@ -157,7 +163,7 @@ def _checked_axes(
     path: str,
     leaf: Any,
     update: Any,
-    matrices: Mapping[str, str] | None,
+    matrices: MatrixRules | None,
     stack_axes: int | Mapping[str, int],
 ) -> MatrixAxes | None:
     where, shape = f"{caller}: leaf {path!r}", np.shape(leaf)

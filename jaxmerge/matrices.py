@@ -11,6 +11,9 @@ and one. Patterns spell out every axis of a leaf with one letter:
 A `*` repeats the letter before it any number of times, also none. PyTorch's linear
 layer is "oi", a convolution kernel (height, width, in, out) "i*o", an embedding "eo",
 a bias "o". Leading axes that stack layers or experts are declared apart.
+
+Where names do not tell, the model does: `jaxmerge.statistics.trace` finds the axes of
+all weights of a function, and what it finds may stand in the place of patterns.
 """
 
 import math
@@ -45,6 +48,12 @@ class MatrixAxes(NamedTuple):
     def is_matrix(self) -> bool:
         """Whether the leaf is a linear map (or a stack of them)."""
         return bool(self.inputs and self.outputs)
+
+
+MatrixRules = Mapping[str, str | MatrixAxes]
+"""From regular expressions, which must match a whole leaf path, to axis patterns, of
+which the first match wins; and before that, from paths as they are to `MatrixAxes`,
+which also say what that leaf stacks."""
 
 
 def _named(names: str) -> str:
@@ -85,7 +94,7 @@ DEFAULT: Mapping[str, str] = {**FLAX, **HUGGING_FACE}
 
 def matrix_axes(
     params: Params,
-    rules: Mapping[str, str] | None = None,
+    rules: MatrixRules | None = None,
     stack_axes: int | Mapping[str, int] = 0,
     *,
     preset: Mapping[str, str] = DEFAULT,
@@ -95,9 +104,11 @@ def matrix_axes(
     Args:
         params: a pytree of arrays or of `jax.ShapeDtypeStruct`s.
         rules: from regular expressions, which must match a whole leaf path, to axis
-            patterns. The first match wins, before any preset.
+            patterns. The first match wins, before any preset. And before that, from
+            paths as they are to `MatrixAxes`: `trace(apply, params, batch).axes`.
         stack_axes: how many leading axes of a leaf stack layers (`nn.scan`) or experts;
-            a number, or rules from paths to numbers. Patterns describe the other axes.
+            a number, or rules from paths to numbers. Patterns describe the other axes;
+            `MatrixAxes` in `rules` know their own.
         preset: rules for the leaves that `rules` leave open. One whose pattern does not
             fit the number of axes gives way to the next. `FLAX`, `HUGGING_FACE`, or
             both (the default).
@@ -126,18 +137,18 @@ def matrix_axes(
 def leaf_axes(
     path: str,
     shape: tuple[int, ...],
-    rules: Mapping[str, str] | None = None,
+    rules: MatrixRules | None = None,
     stack_axes: int | Mapping[str, int] = 0,
     *,
     preset: Mapping[str, str] = DEFAULT,
 ) -> MatrixAxes:
     """The axes of one leaf; arguments and errors as in `matrix_axes`."""
+    rule = _rule(path, rules or {})
+    if isinstance(rule, MatrixAxes):
+        return _checked(path, shape, rule)
     stacked = _stacked(path, shape, stack_axes)
     rank = len(shape) - stacked
-    try:
-        pattern = first_match(rules or {}, path)
-    except KeyError:
-        pattern = _preset_pattern(preset, path, rank)
+    pattern = _preset_pattern(preset, path, rank) if rule is None else rule
     if pattern is None:
         raise ValueError(
             f"No rule says which axes of leaf {path!r} of shape {shape} are inputs "
@@ -159,16 +170,17 @@ def leaf_axes(
 
 
 def row_axes(
-    rules: Mapping[str, str] | None = None,
+    rules: MatrixRules | None = None,
 ) -> Callable[[Leaf], tuple[int, ...]]:
     """Finds the axes that number the rows of a leaf.
 
     Args:
-        rules: from leaf paths to axis patterns, before the presets.
+        rules: from leaf paths to axis patterns or axes, before the presets.
 
     Returns:
         A function from a leaf to its output axes, for a linear map, or to the axes
-        that it is looked up by, for an embedding. Other leaves have none.
+        that it is looked up by, for an embedding. Other leaves have none. Axes of
+        layers that `rules` alone know of are among them.
     """
 
     def rows(leaf: Leaf) -> tuple[int, ...]:
@@ -180,7 +192,14 @@ def row_axes(
                 "scope='leaf' needs none."
             ) from None
         if axes.is_matrix:
-            return axes.outputs
+            if not set(leaf.units) <= set(axes.stack):
+                raise ValueError(
+                    f"{leaf.method}: stack_axes is {len(leaf.units)} for leaf "
+                    f"{leaf.path!r}, but its rule in `matrices` is {axes}; leave out "
+                    "stack_axes for this leaf."
+                )
+            stack = (axis for axis in axes.stack if axis not in leaf.units)
+            return (*stack, *axes.outputs)
         in_use = (*axes.stack, *axes.inputs, *axes.outputs)
         return tuple(axis for axis in range(len(leaf.shape)) if axis not in in_use)
 
@@ -188,7 +207,7 @@ def row_axes(
 
 
 def rows_by_scope(
-    method: str, scope: str, rules: Mapping[str, str] | None
+    method: str, scope: str, rules: MatrixRules | None
 ) -> Callable[[Leaf], tuple[int, ...]] | None:
     """What `row_axes` gives for `scope="row"`; None for `scope="leaf"`.
 
@@ -285,6 +304,28 @@ def _order(shape: tuple[int, ...], axes: MatrixAxes) -> tuple[int, ...]:
             "in one of the three."
         )
     return order
+
+
+def _rule(path: str, rules: MatrixRules) -> str | MatrixAxes | None:
+    axes = rules.get(path)
+    if isinstance(axes, MatrixAxes):
+        return axes
+    patterns = {key: rule for key, rule in rules.items() if isinstance(rule, str)}
+    try:
+        return first_match(patterns, path)
+    except KeyError:
+        return None
+
+
+def _checked(path: str, shape: tuple[int, ...], axes: MatrixAxes) -> MatrixAxes:
+    in_use = sorted((*axes.stack, *axes.inputs, *axes.outputs))
+    every = list(range(len(shape)))
+    if in_use != every and (axes.is_matrix or not set(in_use) <= set(every)):
+        raise ValueError(
+            f"The rule for leaf {path!r} of shape {shape} is {axes}, which must have "
+            f"each of its {len(shape)} axes once; trace the model that is merged."
+        )
+    return axes
 
 
 def _stacked(

@@ -22,6 +22,7 @@ from jaxmerge.leafwise import ABSENT, Kernel, check_models, merge_leaves, wide
 from jaxmerge.linalg import map_matrices, rounding_noise
 from jaxmerge.matrices import (
     MatrixAxes,
+    MatrixRules,
     from_matrix,
     leaf_axes,
     matrix_shape,
@@ -108,7 +109,7 @@ def plan_matrices(
     method: str,
     scale: PerLeaf = 1.0,
     others: Others = "base",
-    matrices: Mapping[str, str] | None = None,
+    matrices: MatrixRules | None = None,
     stack_axes: PerLeaf = 0,
     fused: Fused | None = None,
     axes: Mapping[str, MatrixAxes] | None = None,
@@ -153,7 +154,7 @@ def plan_matrices(
 
 
 def _axes_of(
-    leaf: Leaf, matrices: Mapping[str, str] | None, stack_axes: PerLeaf
+    leaf: Leaf, matrices: MatrixRules | None, stack_axes: PerLeaf
 ) -> MatrixAxes:
     try:
         return leaf_axes(leaf.path, leaf.shape, matrices, stack_axes)  # type: ignore
@@ -171,7 +172,7 @@ def merge_matrices(
     method: str,
     scale: PerLeaf = 1.0,
     others: Others = "base",
-    matrices: Mapping[str, str] | None = None,
+    matrices: MatrixRules | None = None,
     stack_axes: PerLeaf = 0,
     fused: Fused | None = None,
     axes: Mapping[str, MatrixAxes] | None = None,
@@ -194,7 +195,7 @@ def merge_matrices(
             multiplied by.
         others: what becomes of leaves that are no matrices: `"average"` adds the mean
             of their task vectors, `"task_arithmetic"` the sum; `"base"` leaves them.
-        matrices: axis patterns of leaves by path, before the presets.
+        matrices: axis patterns of leaves by path, or axes, before the presets.
         stack_axes: how many leading axes of a leaf stack independent layers.
         fused: leaves that are several matrices with the same inputs.
         axes: the axes of all leaves by path, in place of rules; a leaf without outputs

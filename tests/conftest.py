@@ -44,6 +44,20 @@ def optimised():
     jax.config.update("jax_disable_most_optimizations", True)
 
 
+@pytest.fixture
+def compilations():
+    """Grows by one entry with everything that is compiled."""
+    seen = []
+
+    def listen(event, duration, **kwargs):
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seen
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
 @pytest.fixture(
     params=[jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit],
     ids=["auto", "explicit"],

@@ -256,20 +256,6 @@ def test_compiles_once_per_leaf_shape_and_never_for_new_numbers(method, compilat
                 assert not compilations, name
 
 
-@pytest.fixture
-def compilations():
-    """Grows by one entry with everything that is compiled."""
-    seen = []
-
-    def listen(event, duration, **kwargs):
-        if event == "/jax/core/compile/backend_compile_duration":
-            seen.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield seen
-    jax.monitoring.unregister_event_duration_listener(listen)
-
-
 @every_method
 def test_bad_input_is_refused_by_name(method):
     base, models = random_models(method)

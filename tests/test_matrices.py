@@ -198,6 +198,18 @@ def test_patterns(pattern, shape, want):
         ((2, 3), {".*": "ioo*o"}, 0, "pattern 'ioo.*' for leaf .* 2 axes"),
         ((2, 3), {".*": "ix"}, 0, "'ix' .* one letter i, o or e"),
         ((2, 3), {".*": "*o"}, 0, "one letter i, o or e"),
+        (
+            (2, 3),
+            {"up/kernel": IN_OUT._replace(stack=(2,))},
+            0,
+            "each of its 2 axes once",
+        ),
+        (
+            (2, 3, 4),
+            {"up/kernel": IN_OUT},
+            0,
+            r"leaf 'up/kernel' of shape .* 3 axes once",
+        ),
         ((2, 3), None, 3, r"stack_axes is 3 for leaf 'up/kernel' .* \[0, 2\]"),
         ((2, 3), None, {"layers/.*": 1}, "No rule of stack_axes matches .*'.*': 0"),
     ],
@@ -213,6 +225,25 @@ def test_undeclared_stacks_are_not_taken_for_matrices(linen_shapes):
         matrix_axes({"layers": {"Dense_0": linen_shapes["layers"]["Dense_0"]}})
 
 
+def test_axes_by_path_come_before_patterns_and_know_what_is_stacked():
+    params = {
+        "blocks[0]": np.ones((3, 8, 4)),
+        "blocks0": np.ones((8, 4)),
+        "[q": np.ones((8, 2, 4)),
+        "bias": np.ones((3, 4)),
+    }
+    traced = {
+        "blocks[0]": MatrixAxes((0,), (2,), (1,)),
+        "[q": MatrixAxes((), (0,), (1, 2)),
+        "of another part": IN_OUT,
+    }
+    rules = {"bias": "o", ".*": "io", **traced}
+    axes = matrix_axes(params, rules, {"bias": 1, ".*": 0})
+    assert axes["blocks[0]"] == traced["blocks[0]"]
+    assert axes["[q"] == traced["[q"]
+    assert axes["blocks0"] == IN_OUT
+
+
 def test_rows_are_outputs_of_linear_maps_and_entries_of_tables():
     rows = row_axes({"odd": "oi"})
     stacked = Leaf("della", "layers/query/kernel", (3, 8, 2, 4), 2, units=(0,))
@@ -222,6 +253,10 @@ def test_rows_are_outputs_of_linear_maps_and_entries_of_tables():
     assert rows(Leaf("della", "bias", (4,), 2)) == ()
     with pytest.raises(ValueError, match=r"della: .*leaf 'new'"):
         rows(Leaf("della", "new", (8, 4), 2))
+    rows = row_axes({"new": MatrixAxes((1,), (0,), (2,))})
+    assert rows(Leaf("della", "new", (8, 3, 4), 2)) == (1, 2)
+    with pytest.raises(ValueError, match=r"^della: stack_axes is 1 for leaf 'new'"):
+        rows(Leaf("della", "new", (8, 3, 4), 2, units=(0,)))
 
 
 def test_flax_and_pytorch_copies_of_weights_give_the_same_matrices():

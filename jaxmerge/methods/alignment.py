@@ -3,7 +3,7 @@
 Stoica et al., "Model merging with SVD to tie the Knots", ICLR 2025, arXiv:2410.19735.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxmerge.linalg import matmul, nonzero
+from jaxmerge.matrices import MatrixRules
 from jaxmerge.matrixwise import (
     Fused,
     Others,
@@ -41,7 +42,7 @@ def knots(
     scale: PerLeaf = 1.0,
     scope: Literal["leaf", "model"] = "model",
     others: Others = "base",
-    matrices: Mapping[str, str] | None = None,
+    matrices: MatrixRules | None = None,
     stack_axes: PerLeaf = 0,
     fused: Fused | None = None,
 ) -> Params:
@@ -73,8 +74,8 @@ def knots(
             `"leaf"` those of each matrix.
         others: what becomes of leaves that are no matrices: `"average"` or
             `"task_arithmetic"` of their task vectors, or `"base"` (the authors).
-        matrices: axis patterns of leaves by path, before the presets of
-            `jaxmerge.matrices`.
+        matrices: axis patterns of leaves by path, or `trace(...).axes`, before the
+            presets of `jaxmerge.matrices`.
         stack_axes: how many leading axes of a leaf stack independent layers; a number
             or rules.
         fused: leaves that hold several matrices side by side, such as queries, keys

@@ -5,14 +5,14 @@ Jang et al., "Model Stock", ECCV 2024, arXiv:2403.19522.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import jax.numpy as jnp
 from jax import Array
 
 from jaxmerge.leafwise import merge_leaves
-from jaxmerge.matrices import rows_by_scope
+from jaxmerge.matrices import MatrixRules, rows_by_scope
 from jaxmerge.methods.election import weighted_sum
 from jaxmerge.numerics import norm, safe_divide
 from jaxmerge.options import (
@@ -79,7 +79,7 @@ def model_stock(
     angle: Literal["mean_cosine", "mean_angle"] = "mean_cosine",
     clip: bool = True,
     scope: Literal["leaf", "row"] = "leaf",
-    matrices: Mapping[str, str] | None = None,
+    matrices: MatrixRules | None = None,
     stack_axes: PerLeaf = 0,
 ) -> Params:
     r"""Interpolates between `base` and the average of `models` by their angle.
@@ -98,8 +98,8 @@ def model_stock(
             has a pole at $c = -1/(N-1)$, where $t$ is set to 0.
         scope: one $t$ per `"leaf"`, or one per `"row"`: per output of a linear map,
             per row of an embedding, and per leaf for all others.
-        matrices: with `scope="row"`, axis patterns of leaves by path, before the
-            presets of `jaxmerge.matrices`.
+        matrices: with `scope="row"`, axis patterns of leaves by path, or
+            `trace(...).axes`, before the presets of `jaxmerge.matrices`.
         stack_axes: how many leading axes of a leaf stack independent layers; a number
             or rules. Each layer has its own $t$.
 

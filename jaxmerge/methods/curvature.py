@@ -200,9 +200,9 @@ def solve(
     shrinkage: Array | float,
     ridge: Array | float,
     rtol: Array | float,
+    steps: Array | int,
     started: bool,
     stop: Stop,
-    steps: int,
     precondition: Precondition,
     normalize: Normalize,
 ) -> tuple[Array, SolveInfo]:
@@ -215,9 +215,9 @@ def solve(
         shrinkage: as for `curvatures`.
         ridge: how much of its own diagonal is added to the sum of curvatures.
         rtol: when to stop, see `jaxmerge.mats`.
+        steps: the most steps.
         started: whether there is a start.
         stop: what `rtol` is a share of.
-        steps: the most steps.
         precondition: as for `inverse`.
         normalize: as for `normalized`.
 

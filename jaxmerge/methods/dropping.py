@@ -5,7 +5,7 @@ Deep et al., "DELLA-Merging", 2024, arXiv:2406.11617.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -14,7 +14,7 @@ from jax import Array
 
 from jaxmerge.leafwise import merge_leaves
 from jaxmerge.linalg import map_matrices
-from jaxmerge.matrices import rows_by_scope
+from jaxmerge.matrices import MatrixRules, rows_by_scope
 from jaxmerge.methods.election import (
     Aggregate,
     Divisor,
@@ -177,7 +177,7 @@ def della(
     aggregate: Aggregate = "mean",
     divisor: Divisor = "weights",
     names: Sequence[str] | None = None,
-    matrices: Mapping[str, str] | None = None,
+    matrices: MatrixRules | None = None,
     stack_axes: PerLeaf = 0,
 ) -> Params:
     r"""Drops small entries of each task vector more often, then merges as TIES does.
@@ -207,8 +207,8 @@ def della(
         aggregate: as in `ties`; without `elect` of all entries.
         divisor: what a mean divides by, as in `ties`.
         names: the names that the models are drawn by; by default "0", "1", ...
-        matrices: with `scope="row"`, axis patterns of leaves by path, before the
-            presets of `jaxmerge.matrices`.
+        matrices: with `scope="row"`, axis patterns of leaves by path, or
+            `trace(...).axes`, before the presets of `jaxmerge.matrices`.
         stack_axes: how many leading axes of a leaf stack independent layers; a number
             or rules.
 

@@ -110,26 +110,39 @@ def merge_weighted(
             "counts": counts,
         }
 
-    return _merge_known(
+    return merge_known(
         _weighted_mean,
         models,
         curvatures,
         options,
         method=method,
-        rows=_layers(statistics),
+        rows=layers(statistics),
         tasks=len(models),
         normalize=normalize,
     )
 
 
-def _merge_known(
+def merge_known(
     kernel: Callable[..., Array],
     trees: Sequence[Params],
     known: Sequence[Mapping[str, Array]],
     options: Callable[[Leaf], dict[str, Any]],
     **further: Any,
 ) -> Params:
-    """Merges leaves, those that are `known` together with what is."""
+    """Merges leaves, those that are `known` together with what is.
+
+    Args:
+        kernel: as for `merge_leaves`; after the leaves of all trees, it gets what is
+            known of each.
+        trees: trees of one structure.
+        known: arrays like leaves, by path. A leaf goes without those that are not in
+            all of these.
+        options: as for `merge_leaves`, and so are
+        further: what remains.
+
+    Returns:
+        A tree like the first one.
+    """
     leaves = [named_leaves(tree) for tree in trees]
     both = {path for path in leaves[0] if all(path in tree for tree in known)}
     merged = {}
@@ -142,7 +155,7 @@ def _merge_known(
     return rebuild(trees[0], merged)
 
 
-def _layers(statistics: Sequence[Statistics]) -> Callable[[Leaf], tuple[int, ...]]:
+def layers(statistics: Sequence[Statistics]) -> Callable[[Leaf], tuple[int, ...]]:
     """Finds the axes of a leaf along which independent layers lie."""
     stacks = {site.path: site.stack for site in statistics[0].sites}
     return lambda leaf: stacks.get(leaf.path, ())
@@ -246,7 +259,7 @@ def gradient_matching(
             "prior": per_leaf(leaf, "prior", prior, "[0, inf)"),
         }
 
-    return _merge_known(
+    return merge_known(
         _match_gradients,
         [base, *models],
         known,

@@ -14,7 +14,7 @@ closed form needs differ.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -23,6 +23,7 @@ import optax
 from jax import Array
 
 from jaxmerge.linalg import matmul
+from jaxmerge.matrices import MatrixRules
 from jaxmerge.matrixwise import Fused, Others, merge_matrices
 from jaxmerge.numerics import norm, safe_divide
 from jaxmerge.options import PerLeaf, choice, number, whole_number, without_effect
@@ -48,7 +49,7 @@ def wudi(
     time: float = math.inf,
     scale: PerLeaf = 1.0,
     others: Others = "base",
-    matrices: Mapping[str, str] | None = None,
+    matrices: MatrixRules | None = None,
     stack_axes: PerLeaf = 0,
     fused: Fused | None = None,
 ) -> Params:
@@ -92,8 +93,8 @@ def wudi(
             be traced. The authors use 1.
         others: what becomes of leaves that are no matrices: `"average"` or
             `"task_arithmetic"` of their task vectors, or `"base"` (the authors).
-        matrices: axis patterns of leaves by path, before the presets of
-            `jaxmerge.matrices`.
+        matrices: axis patterns of leaves by path, or `trace(...).axes`, before the
+            presets of `jaxmerge.matrices`.
         stack_axes: how many leading axes of a leaf stack independent layers; a number
             or rules.
         fused: leaves that hold several matrices side by side, such as queries, keys

@@ -140,7 +140,7 @@ def mats(
             start = regmean(models, statistics, weights=weights, normalize=normalize)
     else:
         start = init
-    merged, told = _match(
+    merged, told = match(
         solve,
         "mats",
         models,
@@ -154,10 +154,10 @@ def mats(
             "rtol": number("mats", "rtol", rtol, "[0, inf)"),
             "shrinkage": number("mats", "shrinkage", shrinkage, "[0, 1]"),
             "ridge": number("mats", "ridge", ridge, "[0, inf)"),
+            "steps": whole_number("mats", "steps", steps, least=0),
         },
         started=start is not None,
         stop=stop,
-        steps=whole_number("mats", "steps", steps, least=0),
         precondition=precondition,
     )
     return (merged, told) if info else merged
@@ -224,7 +224,7 @@ def regmean(
         [[1.4 0. ]
          [0.  2. ]]
     """
-    merged, told = _match(
+    merged, told = match(
         solve_fully,
         "regmean",
         models,
@@ -321,7 +321,7 @@ def _covered(
     return {path: leaves[path] for path in problem.axes}
 
 
-def _match(
+def match(
     kernel: Kernel,
     method: str,
     models: Sequence[Params],
@@ -335,7 +335,20 @@ def _match(
     start: Params | None = None,
     **choices: Any,
 ) -> tuple[Params, dict[str, SolveInfo]]:
-    """Solves the systems of the leaves that `metric` covers; others by policy."""
+    """Solves the systems of the leaves that `metric` covers; others by policy.
+
+    Args:
+        kernel: one of `solve` and what is made of it.
+        method: the caller's name, for messages.
+        models: as for `mats`, and so are the options up to `others`.
+        statistics: of each model.
+        numbers: arguments of `kernel` that may be traced.
+        start: a tree like the models to start at, if not at the average.
+        choices: arguments of `kernel` that are compiled in.
+
+    Returns:
+        A tree like the first model, and by path how it went.
+    """
     choice(method, "normalize", normalize, get_args(Normalize))
     choice(method, "others", others, get_args(Others))
     problem = pose(method, models, statistics, metric, weights)

@@ -14,7 +14,7 @@ among them, the slope of an SVD is infinite. `iso_cts` always meets such values,
 number of steps of `sftm` depends on the values.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from jaxmerge.linalg import (
     nonzero,
     polar,
 )
+from jaxmerge.matrices import MatrixRules
 from jaxmerge.matrixwise import Fused, Others, merge_matrices
 from jaxmerge.numerics import norm, safe_divide
 from jaxmerge.options import PerLeaf, number, whole_number
@@ -53,7 +54,7 @@ def sftm(
     rtol: float = 1e-6,
     max_steps: int = 200,
     info: bool = False,
-    matrices: Mapping[str, str] | None = None,
+    matrices: MatrixRules | None = None,
     stack_axes: PerLeaf = 0,
     fused: Fused | None = None,
 ) -> Any:
@@ -88,8 +89,8 @@ def sftm(
             zero; and the solver stops when the gradient has shrunk to that share.
         max_steps: the most steps of the solver.
         info: whether to return, besides the merged tree, a `SolveInfo` per matrix.
-        matrices: axis patterns of leaves by path, before the presets of
-            `jaxmerge.matrices`.
+        matrices: axis patterns of leaves by path, or `trace(...).axes`, before the
+            presets of `jaxmerge.matrices`.
         stack_axes: how many leading axes of a leaf stack independent layers; a number
             or rules.
         fused: leaves that hold several matrices side by side, such as queries, keys
@@ -171,7 +172,7 @@ def tsv_merge(
     rank: int | None = None,
     scale: PerLeaf = 1.0,
     others: Others = "average",
-    matrices: Mapping[str, str] | None = None,
+    matrices: MatrixRules | None = None,
     stack_axes: PerLeaf = 0,
     fused: Fused | None = None,
 ) -> Params:
@@ -193,8 +194,8 @@ def tsv_merge(
             be traced. The authors recommend 1.
         others: what becomes of leaves that are no matrices: `"average"` (the authors)
             or `"task_arithmetic"` of their task vectors, or `"base"`.
-        matrices: axis patterns of leaves by path, before the presets of
-            `jaxmerge.matrices`.
+        matrices: axis patterns of leaves by path, or `trace(...).axes`, before the
+            presets of `jaxmerge.matrices`.
         stack_axes: how many leading axes of a leaf stack independent layers; a number
             or rules.
         fused: leaves that hold several matrices side by side, such as queries, keys
@@ -251,7 +252,7 @@ def iso_c(
     *,
     scale: PerLeaf = 1.0,
     others: Others = "average",
-    matrices: Mapping[str, str] | None = None,
+    matrices: MatrixRules | None = None,
     stack_axes: PerLeaf = 0,
     fused: Fused | None = None,
 ) -> Params:
@@ -269,8 +270,8 @@ def iso_c(
             be traced. The authors choose it on validation data; 0.8 to 1.5 was best.
         others: what becomes of leaves that are no matrices: `"average"` (the authors)
             or `"task_arithmetic"` of their task vectors, or `"base"`.
-        matrices: axis patterns of leaves by path, before the presets of
-            `jaxmerge.matrices`.
+        matrices: axis patterns of leaves by path, or `trace(...).axes`, before the
+            presets of `jaxmerge.matrices`.
         stack_axes: how many leading axes of a leaf stack independent layers; a number
             or rules.
         fused: leaves that hold several matrices side by side, such as queries, keys
@@ -327,7 +328,7 @@ def iso_cts(
     common: float = 0.8,
     scale: PerLeaf = 1.0,
     others: Others = "average",
-    matrices: Mapping[str, str] | None = None,
+    matrices: MatrixRules | None = None,
     stack_axes: PerLeaf = 0,
     fused: Fused | None = None,
 ) -> Params:
@@ -348,8 +349,8 @@ def iso_cts(
             be traced. The authors choose it on validation data; 0.9 to 1.9 was best.
         others: what becomes of leaves that are no matrices: `"average"` (the authors)
             or `"task_arithmetic"` of their task vectors, or `"base"`.
-        matrices: axis patterns of leaves by path, before the presets of
-            `jaxmerge.matrices`.
+        matrices: axis patterns of leaves by path, or `trace(...).axes`, before the
+            presets of `jaxmerge.matrices`.
         stack_axes: how many leading axes of a leaf stack independent layers; a number
             or rules.
         fused: leaves that hold several matrices side by side, such as queries, keys

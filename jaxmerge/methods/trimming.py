@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxmerge.leafwise import check_models, measure_leaves, merge_leaves, task_vector
-from jaxmerge.matrices import rows_by_scope
+from jaxmerge.matrices import MatrixRules, rows_by_scope
 from jaxmerge.methods.election import (
     Aggregate,
     Divisor,
@@ -258,7 +258,7 @@ def breadcrumbs(
     aggregate: Aggregate = "sum",
     divisor: Divisor = "weights",
     rescale: Literal["l1"] | None = None,
-    matrices: Mapping[str, str] | None = None,
+    matrices: MatrixRules | None = None,
     stack_axes: PerLeaf = 0,
 ) -> Params:
     r"""Drops the largest and the smallest entries of each task vector, adds the rest.
@@ -285,8 +285,8 @@ def breadcrumbs(
             mergekit does.
         divisor: what a mean divides by, as in `ties`.
         rescale: `"l1"` scales what is kept back to the L1 norm before dropping.
-        matrices: with `scope="row"`, axis patterns of leaves by path, before the
-            presets of `jaxmerge.matrices`.
+        matrices: with `scope="row"`, axis patterns of leaves by path, or
+            `trace(...).axes`, before the presets of `jaxmerge.matrices`.
         stack_axes: how many leading axes of a leaf stack independent layers; a number
             or rules.
 

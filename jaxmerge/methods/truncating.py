@@ -14,13 +14,14 @@ they can where the singular values of the truncated matrices differ.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jaxmerge.linalg import joint_bases, leading_svd, matmul, nonzero
+from jaxmerge.matrices import MatrixRules
 from jaxmerge.matrixwise import Fused, Others, merge_matrices
 from jaxmerge.methods.election import Election, merge_elected
 from jaxmerge.methods.trimming import trim
@@ -43,7 +44,7 @@ def star(
     share: float = 0.4,
     scale: PerLeaf = 1.0,
     others: Others = "average",
-    matrices: Mapping[str, str] | None = None,
+    matrices: MatrixRules | None = None,
     stack_axes: PerLeaf = 0,
     fused: Fused | None = None,
 ) -> Params:
@@ -62,8 +63,8 @@ def star(
             be traced.
         others: what becomes of leaves that are no matrices: `"average"` (the authors)
             or `"task_arithmetic"` of their task vectors, or `"base"`.
-        matrices: axis patterns of leaves by path, before the presets of
-            `jaxmerge.matrices`.
+        matrices: axis patterns of leaves by path, or `trace(...).axes`, before the
+            presets of `jaxmerge.matrices`.
         stack_axes: how many leading axes of a leaf stack independent layers; a number
             or rules.
         fused: leaves that hold several matrices side by side, such as queries, keys
@@ -123,7 +124,7 @@ def cart(
     strength: float = 2.3,
     scale: PerLeaf = 1.0,
     others: Others = "average",
-    matrices: Mapping[str, str] | None = None,
+    matrices: MatrixRules | None = None,
     stack_axes: PerLeaf = 0,
     fused: Fused | None = None,
 ) -> Params:
@@ -145,8 +146,8 @@ def cart(
             be traced.
         others: what becomes of leaves that are no matrices: `"average"` (the authors)
             or `"task_arithmetic"` of their task vectors, or `"base"`.
-        matrices: axis patterns of leaves by path, before the presets of
-            `jaxmerge.matrices`.
+        matrices: axis patterns of leaves by path, or `trace(...).axes`, before the
+            presets of `jaxmerge.matrices`.
         stack_axes: how many leading axes of a leaf stack independent layers; a number
             or rules.
         fused: leaves that hold several matrices side by side, such as queries, keys
@@ -208,7 +209,7 @@ def dc_merge(
     density: float = 1e-3,
     scale: PerLeaf = 1.0,
     others: Others = "average",
-    matrices: Mapping[str, str] | None = None,
+    matrices: MatrixRules | None = None,
     stack_axes: PerLeaf = 0,
     fused: Fused | None = None,
 ) -> Params:
@@ -240,8 +241,8 @@ def dc_merge(
             be traced. The authors choose it on validation data.
         others: what becomes of leaves that are no matrices: `"average"` (the authors)
             or `"task_arithmetic"` of their task vectors, or `"base"`.
-        matrices: axis patterns of leaves by path, before the presets of
-            `jaxmerge.matrices`.
+        matrices: axis patterns of leaves by path, or `trace(...).axes`, before the
+            presets of `jaxmerge.matrices`.
         stack_axes: how many leading axes of a leaf stack independent layers; a number
             or rules.
         fused: leaves that hold several matrices side by side, such as queries, keys

@@ -225,20 +225,28 @@ def _plan(
     heads: HeadRules | None,
 ) -> _Plan:
     check_models(method, base, models)
+    batches = batches_of(method, models, samples)
+    found = find_submodules(method, apply, base, batches[0][0], submodules)
+    return _Plan(found, find_heads(method, found, heads))
+
+
+def batches_of(
+    method: str, models: Sequence[Params], samples: Sequence[Any]
+) -> list[list[Any]]:
+    """The batches of each model; its entry of `samples` may be a single one.
+
+    Raises:
+        ValueError: not one entry per model, or one without batches.
+    """
     if not isinstance(samples, list | tuple) or len(samples) != len(models):
         raise ValueError(
             f"{method}: samples must be a list with an entry for each model, a batch "
             f"or a list of batches: {len(models)} entries."
         )
-    if any(not _batches(entry) for entry in samples):
+    batches = [entry if isinstance(entry, list) else [entry] for entry in samples]
+    if not all(batches):
         raise ValueError(f"{method}: an entry of samples is a list without batches.")
-    batch = _batches(samples[0])[0]
-    found = find_submodules(method, apply, base, batch, submodules)
-    return _Plan(found, find_heads(method, found, heads))
-
-
-def _batches(entry: Any) -> list[Any]:
-    return entry if isinstance(entry, list) else [entry]
+    return batches
 
 
 def _coefficients(
@@ -270,7 +278,8 @@ def _coefficients(
         return {path: gram for (path, _), gram in sums.items()}
 
     by_task = [
-        [measure(base, joined, batch) for batch in _batches(entry)] for entry in samples
+        [measure(base, joined, batch) for batch in batches]
+        for batches in batches_of(method, models, samples)
     ]
     coefficients = {}
     for path in plan.submodules:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import yaml
 
-from jaxmerge.demo import run, training
+from jaxmerge.demo import merges, run, training
 from jaxmerge.registry import methods
 
 pytestmark = pytest.mark.xdist_group("demo")
@@ -34,13 +34,11 @@ def test_merges_rank_as_the_literature_says(table):
 
 
 def test_every_method_that_can_merge_six_models_has_a_row(table):
-    able = {
-        method.name
-        for method in methods().values()
-        if method.max_models is None and not method.needs_statistics
-    }
-    followed = {f"{name}, {step}" for name in run.FOLLOWED for step in run.STEPS}
-    assert set(table.rows) == able | {"start"} | followed
+    able = {method.name for method in methods().values() if method.max_models is None}
+    followed = {f"{name}, {step}" for name in merges.FOLLOWED for step in merges.STEPS}
+    more = {"start", "submodule_merge", "regmean_plus_plus", *merges.METRICS}
+    assert set(table.rows) == able | followed | more
+    assert table.notes["images"]["mats"] == "256"
     assert len(table.tasks) == 6
 
 
@@ -48,7 +46,7 @@ def test_table_picture_recipes_and_reports_are_written(out, table):
     assert (out / "table.md").read_text() == table.markdown() + "\n"
     assert (out / "table.png").read_bytes().startswith(b"\x89PNG")
     recipe = yaml.safe_load((out / "recipes" / "ties.yaml").read_text())
-    assert recipe["options"] == {"scale": float(table.notes["ties"])}
+    assert recipe["options"] == {"scale": float(table.notes["scale"]["ties"])}
     report = json.loads((out / "merged" / "ties" / "jaxmerge_report.json").read_text())
     assert report["totals"]["treatments"].keys() == {"merged"}
 
@@ -60,9 +58,10 @@ def test_a_second_run_trains_nothing_and_gives_the_same_table(out, table, monkey
     monkeypatch.setattr(training, "pretrain", never)
     monkeypatch.setattr(training, "fine_tune", never)
     few = {name: methods()[name] for name in ("average", "dare", "ties", "tsv_merge")}
-    monkeypatch.setattr(run, "methods", lambda: few)
+    monkeypatch.setattr(merges, "methods", lambda: few)
+    monkeypatch.setattr(merges, "METRICS", {})
     again = run.main(out)
     assert {"start", *few} < set(again.rows) < set(table.rows)
     for name, row in again.rows.items():
         np.testing.assert_array_equal(row, table.rows[name])
-        assert again.notes.get(name) == table.notes.get(name)
+        assert again.notes["scale"].get(name) == table.notes["scale"].get(name)

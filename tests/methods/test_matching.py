@@ -247,6 +247,14 @@ def test_no_steps_leave_the_start(metric):
         np.testing.assert_allclose(got[path], want, atol=1e-6)
 
 
+def test_another_number_of_steps_compiles_nothing(compilations):
+    known = arguments(random_tasks())
+    jm.mats(*known, steps=3)
+    compilations.clear()
+    jm.mats(*known, steps=4)
+    assert not compilations
+
+
 def test_starts_by_name():
     tasks = random_tasks()
     start, info = told(jm.mats, tasks, init="average", steps=0)

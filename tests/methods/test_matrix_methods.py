@@ -12,6 +12,7 @@ from matrix_tasks import close, merged_matrix, random_matrices
 
 import jaxmerge as jm
 from jaxmerge.registry import methods
+from jaxmerge.statistics import trace
 
 METHODS = [m for m in methods().values() if {"others", "fused"} <= m.parameters.keys()]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
@@ -119,6 +120,50 @@ def test_fused_matrices_are_merged_one_by_one(method, parts, name):
     np.testing.assert_allclose(fused[name], joined, atol=2e-5)
     with pytest.raises(ValueError, match=rf"^{method.name}: fused is 5 for leaf"):
         merge(base, models, fused={name: 5}, **options)
+
+
+def attention(params, x):
+    heads = jnp.einsum("btd,dhk->bthk", x, params["q"]) + params["offset"][None, None]
+    mixed = jnp.tanh(heads * heads.mean(1, keepdims=True))
+    x = jnp.einsum("bthk,hkd->btd", mixed, params["w[out]"])
+    step = lambda x, w: (x + jnp.tanh(x) @ w.T, None)  # noqa: E731
+    return jax.lax.scan(step, x, params["blocks/w"])[0]
+
+
+WEIGHTS = {"q": (6, 2, 4), "offset": (2, 4), "w[out]": (2, 4, 6), "blocks/w": (3, 6, 6)}
+STACKED = {"blocks/.*": 1, ".*": 0}
+PATTERNS = {"q": "ioo", r"w\[out\]": "iio", "blocks/w": "oi", "offset": "oo"}
+
+
+def traced(tree):
+    return trace(attention, tree, jax.ShapeDtypeStruct((2, 5, 6), jnp.float32)).axes
+
+
+@every_method
+def test_axes_may_come_from_a_trace_of_the_model(method):
+    base, *models = random_trees(4, WEIGHTS)
+    options = {"others": "base", **by_leaf(method)}
+    merge = method.function
+    want = merge(base, models, matrices=PATTERNS, stack_axes=STACKED, **options)
+    axes = traced(base)
+    assert axes.keys() == {"q", "w[out]", "blocks/w"}
+    # Names decide what the trace does not: that this is no matrix.
+    matrices = {"offset": "oo", **axes}
+    got = merge(base, models, matrices=matrices, **options)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    with pytest.raises(ValueError, match=r"No rule says .* leaf 'offset'"):
+        merge(base, models, matrices=axes, **options)
+
+
+@pytest.mark.parametrize("method", [jm.breadcrumbs, jm.model_stock, jm.della])
+def test_rows_may_come_from_a_trace_of_the_model(method):
+    base, *models = random_trees(4, WEIGHTS)
+    options = {"key": 0, "density": 0.4} if method is jm.della else {"scope": "row"}
+    want = method(base, models, matrices=PATTERNS, stack_axes=STACKED, **options)
+    got = method(base, models, matrices={"offset": "oo", **traced(base)}, **options)
+    if method is jm.della:  # Each layer draws anew, by its number.
+        got, want = ({**tree, "blocks/w": None} for tree in (got, want))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, want)
 
 
 @every_method
