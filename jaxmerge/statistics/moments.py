@@ -12,6 +12,9 @@ from jaxmerge import sharding
 from jaxmerge.statistics.plan import Contract, Convolve
 from jaxmerge.statistics.views import Layout, arrange
 
+SMALL = 512
+"""Features of matrices whose products are not worth taking apart."""
+
 
 def of_input(
     action: Contract | Convolve, eqn: Any, x: Array, mask: Array | None
@@ -132,14 +135,33 @@ def _moment(
     counted = jnp.broadcast_to(weights, x.shape[:-1])
     if stack and slots:
         counted = counted * jnp.any(x != 0, axis=-1)
-    gram = jnp.einsum(
+    return _gram(x), jnp.sum(counted, axis=-1)
+
+
+def _gram(x: Array) -> Array:
+    """x^T x of matrices (..., tokens, features).
+
+    What is below the diagonal of a large one is copied: halves of halves save up to
+    nearly half of the multiplications.
+    """
+    features = x.shape[-1]
+    if features < 2 * SMALL or features % 2:
+        return _products(x, x)
+    a, b = jnp.split(x, 2, axis=-1)
+    across = _products(a, b)
+    upper = jnp.concatenate([_gram(a), across], axis=-1)
+    lower = jnp.concatenate([jnp.swapaxes(across, -2, -1), _gram(b)], axis=-1)
+    return jnp.concatenate([upper, lower], axis=-2)
+
+
+def _products(a: Array, b: Array) -> Array:
+    return jnp.einsum(
         "...ti,...tj->...ij",
-        x,
-        x,
+        a,
+        b,
         precision="highest",
         preferred_element_type=jnp.float32,
     )
-    return gram, jnp.sum(counted, axis=-1)
 
 
 def _exact(x: Array) -> Array:

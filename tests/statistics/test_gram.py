@@ -521,3 +521,15 @@ def test_half_precision_is_summed_in_float32():
     close(statistics.gram["w"], gram(x), rtol=4e-3)
     exact = collect(lambda p, x: x @ p["w"].astype(jnp.bfloat16), params, [x])
     close(exact.gram["w"], gram(x), rtol=1e-6)
+
+
+def test_wide_inputs_are_multiplied_in_parts():
+    def apply(params, x):
+        return jnp.einsum("etk,ekn->etn", x, params["kernel"])
+
+    x = normal(1, 2, 5, 2048).at[:, 3].set(0)
+    statistics = collect(apply, {"kernel": jnp.zeros((2, 2048, 1))}, [x])
+    got = statistics.gram["kernel"]
+    want = np.einsum("eti,etj->eij", x, x, dtype=np.float64)
+    close(got, want)
+    np.testing.assert_array_equal(got, np.swapaxes(got, -2, -1))
