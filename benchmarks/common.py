@@ -1,16 +1,41 @@
-"""What benchmark scripts share: saying where they ran, and writing their table."""
+"""What benchmark scripts share: timing, saying where they ran, writing their table."""
 
 import datetime
 import os
 import platform
+import statistics
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
+LOAD = os.getloadavg()[0]
+
+
+def times_in_turn(
+    sides: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds of each run by side; a first run, which compiles, is not counted."""
+    times = {name: [] for name in sides}
+    for repeat in range(repeats + 1):
+        for name, side in sides.items():
+            start = clock()
+            jax.block_until_ready(side())
+            if repeat:
+                times[name].append(clock() - start)
+    return times
+
+
+def ratio(of: Sequence[float], to: Sequence[float]) -> float:
+    """The median of the ratios run by run."""
+    return statistics.median(a / b for a, b in zip(of, to, strict=True))
 
 
 def machine() -> str:
@@ -26,7 +51,8 @@ def machine() -> str:
         model = names[0] if names else model
     devices = ", ".join(sorted({d.device_kind for d in jax.devices()}))
     return (
-        f"{model}, {len(os.sched_getaffinity(0))} cores; JAX device: {devices}. "
+        f"{model}, {len(os.sched_getaffinity(0))} cores, load average "
+        f"before {LOAD:.1f}; JAX device: {devices}. "
         f"Python {platform.python_version()}, jax {jax.__version__}, "
         f"numpy {np.__version__}. {datetime.date.today().isoformat()}, "
         f"`python {' '.join(sys.argv)}`."

@@ -14,7 +14,6 @@ import functools
 import os
 import re
 import statistics
-import time
 
 # Simulated devices that wait for each other must not use up all threads.
 os.environ.setdefault("NPROC", "32")
@@ -23,7 +22,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import jax.numpy as jnp
-from common import machine, write_table
+from common import machine, ratio, times_in_turn, write_table
 
 import jaxmerge
 from jaxmerge.registry import methods
@@ -48,22 +47,6 @@ def matrix_methods():
         "calibrate": summed_and_calibrated,
         "tsv_compress": jaxmerge.tsv_compress,
     }
-
-
-def times_in_turn(sides, repeats):
-    """Seconds of each run by side; a first run, which compiles, is not counted."""
-    times = {name: [] for name in sides}
-    for repeat in range(repeats + 1):
-        for name, side in sides.items():
-            start = time.perf_counter()
-            jax.block_until_ready(side())
-            if repeat:
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
-def ratio(of, to):
-    return statistics.median(a / b for a, b in zip(of, to, strict=True))
 
 
 def cost(args):

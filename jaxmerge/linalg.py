@@ -289,7 +289,7 @@ class _Descent(NamedTuple):
         square: that of `direction`.
         steepest: the largest curvature met, per square.
         stuck: whether a step was refused.
-        indefinite: whether that was because the curvature was negative.
+        indefinite: whether that was because the curvature or slope was negative.
     """
 
     steps: Array
@@ -332,9 +332,10 @@ def conjugate_gradient(
         max_steps: the most steps.
 
     Returns:
-        The last iterate, and a `SolveInfo`, with the residual recomputed. A step along
-        which the curvature is negative, or vanishes up to rounding, is not taken. It
-        cannot be differentiated in reverse: the number of steps depends on the values.
+        The last iterate, and a `SolveInfo`, with the residual recomputed. No step is
+        taken along which the curvature is negative, or vanishes up to rounding, nor one
+        where `precondition` is negative. It cannot be differentiated in reverse: the
+        number of steps depends on the values.
 
     Example:
         >>> matrix = jax.numpy.array([[2.0, 1.0], [1.0, 3.0]])
@@ -362,7 +363,9 @@ def conjugate_gradient(
         curvature = dot(state.direction, image)
         steepness = safe_divide(curvature, state.square)
         steepest = jnp.maximum(state.steepest, steepness)
-        stuck = ~(steepness > rounding * steepest)
+        # Of a negative slope and a negative curvature, the quotient is positive.
+        downhill = state.slope >= 0
+        stuck = ~(downhill & (steepness > rounding * steepest))
         length = state.slope / jnp.where(stuck, 1, curvature)
         rest = state.rest - jnp.where(stuck, 0, length * image)
         nearer = precondition(rest)
@@ -377,7 +380,7 @@ def conjugate_gradient(
             slope + keep * keep * state.square,
             steepest,
             stuck,
-            ~(steepness >= -rounding * steepest),
+            ~(downhill & (steepness >= -rounding * steepest)),
         )
 
     rest = rest / unit

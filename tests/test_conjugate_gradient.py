@@ -132,6 +132,21 @@ def test_an_operator_that_is_not_positive_is_noticed(least):
     assert np.isfinite(x).all()
 
 
+@pytest.mark.parametrize("signs", [(-1.0, -1.0, -1.0), (-1.0, 1.0, 1.0)])
+def test_a_preconditioner_that_is_not_positive_is_noticed(signs):
+    diagonal = jnp.array(signs) * jnp.array([1.0, 2.0, 4.0])
+    x, info = conjugate_gradient(
+        lambda x: diagonal * x,
+        jnp.array([3.0, 2.0, 1.0]),
+        jnp.zeros(3),
+        precondition=lambda x: x / diagonal,
+    )
+    # The first step would reach the maximum, or the saddle point.
+    assert info.indefinite
+    assert info.steps == 0
+    assert not x.any()
+
+
 def test_nan_is_noticed():
     x, info = conjugate_gradient(lambda x: x * jnp.nan, jnp.ones(3), jnp.zeros(3))
     assert info.steps == 0

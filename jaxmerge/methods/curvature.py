@@ -8,17 +8,17 @@ far more accurate than to solve for $\theta$, and equal models come back as they
 """
 
 import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 
 from jaxmerge.linalg import SolveInfo, conjugate_gradient, matmul
 from jaxmerge.methods.election import weighted_sum
-from jaxmerge.methods.evidence import Evidence
+from jaxmerge.methods.evidence import Evidence, warn
 from jaxmerge.numerics import norm, safe_divide
 
 Normalize = Literal["count", "trace", "none"]
@@ -27,9 +27,9 @@ Stop = Literal["relative", "steps", "published"]
 
 
 class Curvature(NamedTuple):
-    """The map of matrices x (outputs, inputs) to outputs @ (entries * x) @ inputs.
+    """The map of matrices x (outputs, inputs) to entries * x + outputs @ x @ inputs.
 
-    What is None does nothing.
+    Without `inputs`, there is no second term; without `outputs`, they are one.
     """
 
     entries: Array | None = None
@@ -38,25 +38,26 @@ class Curvature(NamedTuple):
 
     def __call__(self, x: Array) -> Array:
         """What the map makes of `x`."""
-        if self.entries is not None:
-            x = self.entries * x
-        if self.inputs is not None:
-            x = matmul(x, self.inputs)
-        return x if self.outputs is None else matmul(self.outputs, x)
+        by_entries = jnp.zeros(()) if self.entries is None else self.entries * x
+        if self.inputs is None:
+            return by_entries
+        x = matmul(x, self.inputs)
+        return by_entries + (x if self.outputs is None else matmul(self.outputs, x))
 
     def diagonal(self) -> Array:
         """The diagonal of the map, in a shape that broadcasts to matrices."""
-        diagonal = jnp.ones((1, 1)) if self.entries is None else self.entries
-        if self.inputs is not None:
-            diagonal = diagonal * jnp.diagonal(self.inputs)[None, :]
+        by_entries = jnp.zeros((1, 1)) if self.entries is None else self.entries
+        if self.inputs is None:
+            return by_entries
+        diagonal = jnp.diagonal(self.inputs)[None, :]
         if self.outputs is not None:
             diagonal = diagonal * jnp.diagonal(self.outputs)[:, None]
-        return diagonal
+        return by_entries + diagonal
 
 
 def curvatures(
     evidence: Sequence[Evidence],
-    fishers: Sequence[Array],
+    entries: Sequence[Array],
     normalize: Normalize,
     shrinkage: Array | float = 1.0,
 ) -> list[Curvature]:
@@ -64,37 +65,38 @@ def curvatures(
 
     Args:
         evidence: of each task, as matrices (m, n).
-        fishers: the curvatures of entries, for the metric that takes these; or none.
+        entries: the curvatures of entries, of each task, where there are any: all there
+            is, or on top of the moments of inputs.
         normalize: what makes tasks comparable, as for `normalized`.
         shrinkage: what off-diagonal entries of second moments are multiplied by.
     """
     return [
-        _curvature(task, fisher, normalize, shrinkage)
-        for task, fisher in zip(
-            evidence, fishers or [None] * len(evidence), strict=True
-        )
+        _curvature(task, own, normalize, shrinkage)
+        for task, own in zip(evidence, entries or [None] * len(evidence), strict=True)
     ]
 
 
 def _curvature(
     evidence: Evidence,
-    fisher: Array | None,
+    entries: Array | None,
     normalize: Normalize,
     shrinkage: Array | float,
 ) -> Curvature:
     inputs, outputs, samples, weight = evidence
-    if fisher is not None:
-        return Curvature(
-            entries=weight * normalized(fisher, fisher, samples, normalize)
-        )
-    if inputs is None:
+    if inputs is None and entries is None:
         return Curvature(entries=weight)
-    inputs = weight * _moments(inputs, samples, normalize, shrinkage)
-    if outputs is None:
-        return Curvature(inputs=inputs)
-    # How much data a task has counts once, not in both factors.
-    once = "count" if normalize == "none" else normalize
-    return Curvature(None, inputs, _moments(outputs, samples, once, shrinkage))
+    diagonal = Curvature(entries, inputs).diagonal()
+    if entries is not None:
+        entries = weight * normalized(entries, diagonal, samples, normalize)
+    if inputs is not None:
+        inputs = normalized(inputs, diagonal, samples, normalize)
+        inputs = weight * _shrunk(inputs, shrinkage)
+    if outputs is not None:
+        # How much data a task has counts once, not in both factors.
+        once = "count" if normalize == "none" else normalize
+        outputs = normalized(outputs, jnp.diagonal(outputs), samples, once)
+        outputs = _shrunk(outputs, shrinkage)
+    return Curvature(entries, inputs, outputs)
 
 
 def normalized(x: Array, diagonal: Array, count: Array, normalize: Normalize) -> Array:
@@ -111,10 +113,7 @@ def normalized(x: Array, diagonal: Array, count: Array, normalize: Normalize) ->
     return safe_divide(x, by[normalize])
 
 
-def _moments(
-    x: Array, count: Array, normalize: Normalize, shrinkage: Array | float
-) -> Array:
-    x = normalized(x, jnp.diagonal(x), count, normalize)
+def _shrunk(x: Array, shrinkage: Array | float) -> Array:
     return jnp.where(jnp.eye(len(x), dtype=bool), x, shrinkage * x)
 
 
@@ -124,20 +123,21 @@ def in_units(of_tasks: Sequence[Curvature]) -> tuple[list[Curvature], Array]:
     Gradients are small: their second moments, and products with them, would leave the
     range of float32.
     """
-    units = {}
-    for name, first in of_tasks[0]._asdict().items():
-        if first is not None:
-            values = [getattr(one, name) for one in of_tasks]
-            diagonals = values if name == "entries" else map(jnp.diagonal, values)
-            size = sum(jnp.mean(jnp.abs(diagonal)) for diagonal in diagonals)
-            units[name] = jnp.where(size > 0, size, 1)
+    if of_tasks[0].outputs is None:
+        unit = _unit([one.diagonal() for one in of_tasks])
+        return jax.tree.map(lambda x: x / unit, list(of_tasks)), unit
+    by_inputs = _unit([jnp.diagonal(one.inputs) for one in of_tasks])  # type: ignore
+    by_outputs = _unit([jnp.diagonal(one.outputs) for one in of_tasks])  # type: ignore
     scaled = [
-        one._replace(
-            **{name: getattr(one, name) / unit for name, unit in units.items()}
-        )
+        Curvature(None, one.inputs / by_inputs, one.outputs / by_outputs)  # type: ignore
         for one in of_tasks
     ]
-    return scaled, jnp.asarray(math.prod(units.values()))
+    return scaled, by_inputs * by_outputs
+
+
+def _unit(diagonals: Sequence[Array]) -> Array:
+    size = jnp.asarray(sum(jnp.mean(jnp.abs(diagonal)) for diagonal in diagonals))
+    return jnp.where(size > 0, size, 1)
 
 
 def total(of_tasks: Sequence[Curvature]) -> list[Curvature]:
@@ -163,6 +163,8 @@ def inverse(
     if kind == "jacobi":
         diagonal = (1 + ridge) * sum(one.diagonal() for one in parts)
         return lambda x: safe_divide(x, diagonal)  # type: ignore
+    if parts[0].entries is not None:
+        return _inverse_by_rows(parts[0], ridge)
     by_inputs = _inverse_of_sum([one.inputs for one in parts], ridge)
     if parts[0].outputs is None:
         return lambda x: by_inputs(x.T).T
@@ -180,8 +182,26 @@ def _inverse_of_sum(
     # Less would not keep a factorisation of dependent inputs from failing.
     ridge = jnp.maximum(ridge, len(matrix) * jnp.finfo(matrix.dtype).eps)
     scaled = scale * matrix * scale.T + ridge * jnp.eye(len(matrix), dtype=matrix.dtype)
-    factor = jax.scipy.linalg.cho_factor(scaled, lower=True)
-    return lambda x: scale * jax.scipy.linalg.cho_solve(factor, scale * x)
+    inverse = _invert(scaled)
+    return lambda x: scale * matmul(inverse, scale * x)
+
+
+@jax.custom_batching.sequential_vmap
+def _invert(matrix: Array) -> Array:
+    factor = jax.scipy.linalg.cho_factor(matrix, lower=True)
+    return jax.scipy.linalg.cho_solve(factor, jnp.eye(len(matrix)))
+
+
+def _inverse_by_rows(one: Curvature, ridge: Array | float) -> Callable[[Array], Array]:
+    """Solves with inputs and entries, exactly if these are equal within each row."""
+    inputs: Array = one.inputs  # type: ignore
+    inputs = inputs + ridge * jnp.diag(jnp.diagonal(inputs))
+    values, vectors = jnp.linalg.eigh(inputs)
+    rows = jnp.mean((1 + ridge) * one.entries, axis=1, keepdims=True)  # type: ignore
+    size = jnp.abs(values[None] + rows)
+    least = len(values) * jnp.finfo(values.dtype).eps * jnp.max(size)
+    size = jnp.maximum(size, least)
+    return lambda x: matmul(safe_divide(matmul(x, vectors), size), vectors.T)
 
 
 def weighted_mean(
@@ -210,7 +230,7 @@ def solve(
 
     Args:
         matrices: (outputs, inputs), of each task; then, if `started`, where to start,
-            by default at the average; then curvatures of entries, if there are any.
+            by default at the average; then what curves each entry, if that is known.
         beside: the evidence of each task.
         shrinkage: as for `curvatures`.
         ridge: how much of its own diagonal is added to the sum of curvatures.
@@ -222,8 +242,9 @@ def solve(
         normalize: as for `normalized`.
 
     Returns:
-        The last iterate, and how it went; `residual` is over the sum of norms that
-        each task pulls with at the start.
+        The last iterate, and how it went; `residual` is over the sum of the norms of
+        the tasks' curvatures times their distances from the start. Where these are
+        nothing but rounding errors, there is nothing to do.
     """
     values, further = matrices[: len(beside)], matrices[len(beside) :]
     beside = jax.tree.map(lambda x: x.astype(values[0].dtype), beside)
@@ -236,10 +257,14 @@ def solve(
         start = values[0] + weighted_mean(deltas, weights, plain)
     of_tasks, unit = in_units(curvatures(beside, further, normalize, shrinkage))
     pulls = [c(value - start) for c, value in zip(of_tasks, values, strict=True)]
-    right: Array = sum(pulls)  # type: ignore
-    force = sum(norm(pull) for pull in pulls)
+    force = jnp.asarray(sum(norm(pull) for pull in pulls))
+    force = jnp.where(force <= _rounding(of_tasks, values, start), 0, force)
+    right: Array = jnp.where(force == 0, 0, sum(pulls))  # type: ignore
     parts = total(of_tasks)
-    damping = ridge * sum(part.diagonal() for part in parts)
+    diagonal: Array = sum(part.diagonal() for part in parts)  # type: ignore
+    # It proves what a few steps may not meet.
+    negative = jnp.any(diagonal < 0)
+    damping = ridge * diagonal
     enough = rtol * force if stop == "relative" else 0.0
     if stop == "published":
         whole: Any = sum(c(x) for c, x in zip(of_tasks, values, strict=True))
@@ -251,10 +276,22 @@ def solve(
         precondition=inverse(parts, precondition, ridge),
         rtol=0.0,
         atol=enough,
-        max_steps=steps,
+        max_steps=jnp.where(negative, 0, steps),
     )
-    left = safe_divide(told.residual * norm(right), force)  # type: ignore
-    return start + way, told._replace(residual=left)
+    left = safe_divide(told.residual * norm(right), force)
+    indefinite = told.indefinite | negative
+    return start + way, told._replace(residual=left, indefinite=indefinite)
+
+
+def _rounding(
+    of_tasks: Sequence[Curvature], values: Sequence[Array], start: Array
+) -> Array:
+    """What rounding may make of curvatures times distances that is zero."""
+    sizes = [
+        norm(jax.tree.map(jnp.abs, c)(jnp.abs(value - start)))
+        for c, value in zip(of_tasks, values, strict=True)
+    ]
+    return 8 * jnp.finfo(start.dtype).eps * sum(sizes)  # type: ignore
 
 
 solve_fully = functools.partial(
@@ -266,3 +303,16 @@ solve_fully = functools.partial(
     precondition="kronecker",
 )
 """`solve` up to float32: a few steps make up for what a factorisation loses."""
+
+
+def warn_of_indefinite(method: str, told: Mapping[str, SolveInfo]) -> None:
+    """Names the leaves whose systems have no minimum."""
+    flags = {path: info.indefinite for path, info in told.items()}
+    known = {p: flag for p, flag in flags.items() if not isinstance(flag, Tracer)}
+    if bad := [path for path, flag in known.items() if jnp.any(flag)]:
+        more = f" and {len(bad) - 5} more" if bad[5:] else ""
+        warn(
+            f"{method}: the systems of these leaves are not positive definite: "
+            f"{', '.join(bad[:5])}{more}. The last step before that showed is kept. "
+            "Take weights that are not negative; with few tokens, a ridge of 1e-4."
+        )

@@ -1,9 +1,11 @@
 """What statistics know of models leaf by leaf: checked, and laid out as matrices."""
 
+import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -64,8 +66,9 @@ def pose(
     statistics: Sequence[Statistics],
     metric: Metric,
     weights: PerModel,
+    warns: bool = True,
 ) -> Problem:
-    """Finds what a metric covers; warns of Gram matrices of too few tokens.
+    """Finds what a metric covers; `warns` of second moments of too few samples.
 
     Raises:
         ValueError: models that are not alike, statistics that do not fit them or lack
@@ -87,11 +90,16 @@ def pose(
             _evidence(known, path, metric, stack, weight)
             for known, weight in zip(statistics, of_tasks, strict=True)
         ]
-    if metric in ("gram", "kronecker"):
-        _warn_of_few_tokens(method, evidence)
-    leaves = [named_leaves(model) for model in models]
+    if warns:
+        warn_of_few_samples(method, evidence, metric)
+    leaves = [named_leaves(jax.tree.map(_array, model)) for model in models]
     fishers = [s.fisher for s in statistics] if metric == "fisher" else []
     return Problem(_only(axes, leaves), _only(axes, fishers), axes, evidence)
+
+
+def _array(leaf: Any) -> Any:
+    """A leaf with a dtype, which Python floats have not."""
+    return leaf if hasattr(leaf, "dtype") else np.asarray(leaf, jnp.result_type(leaf))
 
 
 def _only(paths: Any, trees: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -156,10 +164,11 @@ def check_known(
             "it again, of the model that is merged."
         )
     if missing := [kind for kind in kinds if not getattr(known, kind)]:
-        raise ValueError(
-            f"{what} has no {' and no '.join(missing)}; collect it with "
-            f"what={tuple(kinds)}."
-        )
+        too_large = [one for one in known.unknown if one.primitive in missing]
+        remedy = f"; collect it with what={tuple(kinds)}."
+        if too_large:
+            remedy = f": of leaf {too_large[0].path!r}, {too_large[0].reason}."
+        raise ValueError(f"{what} has no {' and no '.join(missing)}{remedy}")
 
 
 def _mismatches(model: Params, statistics: Statistics) -> Iterator[str]:
@@ -167,13 +176,16 @@ def _mismatches(model: Params, statistics: Statistics) -> Iterator[str]:
     for path, leaf in named_leaves(model).items():
         if not is_float(leaf):
             continue
-        shape, dtype = np.shape(leaf), str(leaf.dtype)
         if path not in sites:
             yield f"it knows no leaf {path!r}"
-        elif (sites[path].shape, sites[path].dtype) != (shape, dtype):
+            continue
+        # Without x64, float64 of NumPy is float32 to all that computes.
+        dtypes = jnp.result_type(leaf), jax.dtypes.canonicalize_dtype(sites[path].dtype)
+        shapes = np.shape(leaf), sites[path].shape
+        if dtypes[0] != dtypes[1] or shapes[0] != shapes[1]:
             yield (
-                f"leaf {path!r} is {dtype}{shape}, it knows one that is "
-                f"{sites[path].dtype}{sites[path].shape}"
+                f"leaf {path!r} is {dtypes[0]}{shapes[0]}, it knows one that is "
+                f"{dtypes[1]}{shapes[1]}"
             )
 
 
@@ -223,21 +235,37 @@ def movable(x: Any) -> Any:
     return x if isinstance(x, Tracer) else np.asarray(x)
 
 
-def _warn_of_few_tokens(method: str, evidence: dict[str, list[Evidence]]) -> None:
+def warn_of_few_samples(
+    method: str, evidence: dict[str, list[Evidence]], metric: Metric
+) -> None:
+    """Warns of moments that have more rows than samples, of all tasks together."""
+    unit, of_rows = "tokens", {"inputs": "inputs", "outputs": "outputs"}
+    if metric == "fisher_block":
+        unit, of_rows = "examples", {"inputs": "entries"}
     few = []
     for path, tasks in evidence.items():
         counts = [task.samples for task in tasks]
-        if any(isinstance(n, Tracer) for n in counts):
-            continue
-        inputs = np.shape(tasks[0].inputs)[-1]  # type: ignore
-        samples = np.min(sum(np.asarray(n) for n in counts), initial=inputs)
-        if samples < inputs:
-            few.append(f"{samples:g} for the {inputs} inputs of {path!r}")
+        for name, called in of_rows.items():
+            moments = getattr(tasks[0], name)
+            if moments is None or any(isinstance(n, Tracer) for n in counts):
+                continue
+            rows = np.shape(moments)[-1]
+            samples = np.min(sum(np.asarray(n) for n in counts), initial=rows)
+            if samples < rows:
+                few.append(f"{samples:g} for the {rows} {called} of {path!r}")
     if few:
-        more = f" ({len(few) - 1} more leaves have too few)" if few[1:] else ""
-        warnings.warn(
-            f"{method}: the second moments are of too few tokens, in all tasks "
+        more = f" ({len(few) - 1} more have too few)" if few[1:] else ""
+        warn(
+            f"{method}: the second moments are of too few {unit}, in all tasks "
             f"together {few[0]}{more}. In directions without data, merged leaves stay "
-            "where they start; collect statistics of more data.",
-            stacklevel=4,
+            "where they start; collect statistics of more data."
         )
+
+
+def warn(message: str) -> None:
+    """Warns of the line from which the library was called."""
+    frame, level = inspect.currentframe(), 1
+    ours = ("jaxmerge", "jax")
+    while frame and frame.f_globals.get("__name__", "").split(".")[0] in ours:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

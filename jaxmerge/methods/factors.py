@@ -15,10 +15,15 @@ from jax.core import Tracer
 from jaxmerge.leafwise import ABSENT
 from jaxmerge.linalg import map_matrices, matmul
 from jaxmerge.lowrank import LowRank
-from jaxmerge.matrices import MatrixAxes
+from jaxmerge.matrices import MatrixAxes, matrix_shape
 from jaxmerge.matrixwise import merge_matrices
-from jaxmerge.methods.curvature import Normalize, solve_fully
-from jaxmerge.methods.evidence import Evidence, by_layer
+from jaxmerge.methods.curvature import Normalize, solve_fully, warn_of_indefinite
+from jaxmerge.methods.evidence import (
+    Evidence,
+    by_layer,
+    check_statistics,
+    warn_of_few_samples,
+)
 from jaxmerge.methods.fisher import merge_weighted
 from jaxmerge.options import Leaf, PerModel, choice, number, per_model
 from jaxmerge.statistics.types import Statistics
@@ -60,7 +65,8 @@ def lorm(
 
     Returns:
         An adapter: merged factors beside the shared ones, and the average of task
-        vectors. Dtypes are those of the first adapter; arithmetic is in float32.
+        vectors. Dtypes are those of the first adapter; arithmetic is in float32. Warns
+        as `jaxmerge.mats` does.
 
     Raises:
         ValueError: no adapters, adapters that are not alike or do not share that
@@ -86,22 +92,25 @@ def lorm(
     free = "left" if shared == "right" else "right"
     first, *_ = adapters
     factored = [path for path, update in first.items() if isinstance(update, LowRank)]
-    merged, _ = merge_matrices(
+    evidence = {
+        path: _evidence(method, path, first[path], statistics, shared, weights)
+        for path in factored
+    }
+    warn_of_few_samples(method, evidence, "gram")
+    merged, told = merge_matrices(
         solve_fully,
         ABSENT,
         [{path: getattr(one[path], free) for path in factored} for one in adapters],
         method=method,
         axes={path: _axes(first[path]) for path in factored},
-        beside={
-            path: _evidence(method, path, first[path], statistics, shared, weights)
-            for path in factored
-        },
+        beside=evidence,
         numbers={
             "shrinkage": number(method, "shrinkage", shrinkage, "[0, 1]"),
             "ridge": number(method, "ridge", ridge, "[0, inf)"),
         },
         normalize=normalize,
     )
+    warn_of_indefinite(method, told)
     dense = merge_weighted(
         method,
         [{path: one[path] for path in one if path not in merged} for one in adapters],
@@ -158,11 +167,8 @@ def _check(
     if isinstance(adapters, Mapping) or not adapters:
         what = f"a {type(adapters).__name__}" if adapters else "empty"
         raise ValueError(f"{method}: adapters is {what}; give a list of adapters.")
-    if len(statistics) != len(adapters):
-        raise ValueError(
-            f"{method}: there are {len(statistics)} statistics for {len(adapters)} "
-            "adapters; give those of the model that each adapter makes."
-        )
+    # That they belong to the models that adapters make, shapes of factors tell.
+    check_statistics(method, [{}] * len(adapters), statistics, ("gram",))
     for i, (adapter, known) in enumerate(zip(adapters, statistics, strict=True)):
         shapes = [jax.tree.map(np.shape, dict(one)) for one in (adapters[0], adapter)]
         if shapes[0] != shapes[1]:
@@ -176,7 +182,17 @@ def _check(
             if known.inputs.get(path) not in known.gram:
                 raise ValueError(
                     f"{method}: statistics[{i}] has no gram of leaf {path!r}; collect "
-                    "it with what=('gram',)."
+                    "it of the model that the adapter makes. If that was done, its "
+                    "`unknown` says why there is none."
+                )
+            *stack, outputs, _ = np.shape(update.left)
+            want = (*stack, np.shape(update.right)[-1], outputs)
+            site = next(site for site in known.sites if site.path == path)
+            if (got := matrix_shape(site.shape, known.axes[path])) != want:
+                raise ValueError(
+                    f"{method}: statistics[{i}] is of another model than adapters[{i}] "
+                    f"makes: leaf {path!r} has matrices (inputs, outputs) of shape "
+                    f"{got}, where the adapter has {want}."
                 )
             pair = [getattr(one[path], shared) for one in (adapters[0], adapter)]
             if not any(isinstance(x, Tracer) for x in pair) and not np.array_equal(

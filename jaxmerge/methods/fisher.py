@@ -51,6 +51,8 @@ def fisher_average(
     Returns:
         A pytree like the first model, in its dtypes and shardings; arithmetic is in
         float32. Entries whose weights do not add up to a positive number are averaged.
+        With negative $w_t$, sums that are positive but close to zero throw entries far
+        beyond those of all models; nothing tells, so look at the largest.
 
     Raises:
         ValueError: no models, trees that are not alike, statistics that do not belong

@@ -9,16 +9,14 @@ Merged leaves can be differentiated forwards alone: the number of steps depends 
 values.
 """
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.core import Tracer
 
-from jaxmerge.leafwise import ABSENT, Kernel
+from jaxmerge.leafwise import ABSENT, Kernel, check_trees
 from jaxmerge.linalg import SolveInfo
 from jaxmerge.matrixwise import map_task_matrices, merge_matrices, plan_matrices
 from jaxmerge.methods.curvature import (
@@ -28,13 +26,14 @@ from jaxmerge.methods.curvature import (
     curvatures,
     solve,
     solve_fully,
+    warn_of_indefinite,
 )
 from jaxmerge.methods.evidence import Evidence, Metric, Problem, pose
 from jaxmerge.methods.fisher import merge_weighted
 from jaxmerge.options import PerModel, choice, number, whole_number, without_effect
 from jaxmerge.registry import register
 from jaxmerge.statistics.types import Statistics
-from jaxmerge.tree import Params, check_alike, named_leaves, rebuild
+from jaxmerge.tree import Params, named_leaves, rebuild
 
 Others = Literal["average", "diagonal"]
 
@@ -63,9 +62,9 @@ def mats(
 ) -> Any:
     r"""Matches models where their data lie, by a few steps of conjugate gradients.
 
-    Takes steps towards the solution of $\sum_t w_t C_t \theta = \sum_t w_t C_t
-    \theta_t$, leaf by leaf. Early steps settle the directions of largest curvature;
-    what they have not reached stays as in `init`.
+    Takes steps from $\theta_0$, the `init`, towards the solution of $\sum_t w_t C_t
+    \theta = \sum_t w_t C_t \theta_t$, leaf by leaf. Early steps settle the directions
+    of largest curvature; what they have not reached stays as in `init`.
 
     Args:
         models: pytrees of one structure, of arrays of any shape.
@@ -80,16 +79,18 @@ def mats(
         init: where the steps start: `"average"`, `"regmean"` at its defaults, or a
             pytree like the models; the authors take task arithmetic at 0.3.
         steps: the most steps. The authors take 100, and 10 for vectors.
-        stop: `"relative"` stops when what is left of the equations is `rtol` of the sum
-            over tasks of the norms of $w_t C_t (\theta_t - \theta_0)$ at `init`;
-            `"steps"` at `steps`. `"published"` is what the authors' runs do: a leaf
-            stays as in `init` if the norm of what is left is at most `rtol` there, an
-            absolute number that depends on the scale of gradients; others stop when it
-            is at most `rtol` of the norm of $\sum_t w_t C_t \theta_t$.
+        stop: when a leaf is done. What is left of its equations is $r = \sum_t w_t C_t
+            (\theta_t - \theta)$. `"relative"`: when $\|r\|$ is at most `rtol` times
+            $\sum_t \|w_t C_t (\theta_t - \theta_0)\|$. `"steps"`: after `steps`.
+            `"published"`, as in the authors' runs: when $\|r\|$ is at most `rtol` times
+            $\|\sum_t w_t C_t \theta_t\|$, or without a step if it is at most `rtol` at
+            `init`, whatever the scale of gradients.
         rtol: as `stop` says, dimensionless.
-        precondition: `"jacobi"` or `"kronecker"` solve the system in fewer steps, but
-            other directions come first. `"kronecker"` is for second moments alone
-            and, where these are of few samples, goes with a ridge.
+        precondition: what is used as a rough inverse of $\sum_t w_t C_t$: that of its
+            diagonal (`"jacobi"`) or, for second moments, of the sums of the factors
+            (`"kronecker"`). Fewer steps solve the system, but other directions come
+            first. For `"kronecker"` of factors that are singular, as with few samples
+            and below a softmax, set `ridge` to 1e-4.
         shrinkage: what off-diagonal entries of $A_t$ and $G_t$ are multiplied by.
         ridge: how much of its own diagonal is added to the left side, dimensionless,
             which holds leaves at `init`.
@@ -99,13 +100,16 @@ def mats(
         others: what becomes of leaves that `metric` has no statistics of: the
             `"average"`, as the authors do, or, with `"diagonal"`, one where each entry
             weighs by how much it was used, as rows of embeddings by how often they were
-            looked up. Use says nothing of what a change does to the loss.
+            looked up (but not by how much these entries matter to the loss). With
+            `metric="gram"`, look-ups count in tied embeddings too, beside their $A_t$.
         info: whether to return, besides the merged tree, a `SolveInfo` per leaf.
 
     Returns:
         A pytree like the first model, in its dtypes and shardings; arithmetic is in
         float32. With `info`, also a dict from paths to `SolveInfo`, with a leading axis
-        for stacked layers, and residuals as `stop="relative"` measures them.
+        for stacked layers, and residuals as `stop="relative"` measures them. Warns of
+        second moments with more rows than tokens (for `"fisher_block"`, examples) in
+        all tasks together, however alike these are, and of systems without a minimum.
 
     Raises:
         ValueError: no models, trees that are not alike, statistics that do not belong
@@ -125,6 +129,16 @@ def mats(
     """
     choice("mats", "stop", stop, get_args(Stop))
     choice("mats", "precondition", precondition, get_args(Precondition))
+    by_name = isinstance(init, str)
+    if by_name:
+        choice("mats", "init", init, ("average", "regmean"))
+    if stop == "steps":
+        without_effect("mats", "rtol", rtol, 1e-5, "stop='relative'")
+    if metric == "identity":
+        needs = "a metric of data"
+        without_effect("mats", "others", others, "average", needs)
+        if not by_name or init == "average":
+            without_effect("mats", "normalize", normalize, "count", needs)
     if metric in ("fisher", "identity"):
         needs = "a metric of second moments"
         without_effect("mats", "shrinkage", shrinkage, 1.0, needs)
@@ -133,13 +147,20 @@ def mats(
                 f"mats: precondition='kronecker' needs {needs}, not {metric!r}, whose "
                 "diagonal is all there is; set precondition='jacobi'."
             )
-    if isinstance(init, str):
-        choice("mats", "init", init, ("average", "regmean"))
-        start = None
-        if init == "regmean":
-            start = regmean(models, statistics, weights=weights, normalize=normalize)
-    else:
-        start = init
+    start = None if by_name else init
+    if by_name and init == "regmean":
+        start, _ = match(
+            solve_fully,
+            "mats",
+            models,
+            statistics,
+            metric="gram",
+            weights=weights,
+            normalize=normalize,
+            others="average",
+            numbers={"shrinkage": 0.9, "ridge": 1e-4},
+            warns=metric not in ("gram", "kronecker"),
+        )
     merged, told = match(
         solve,
         "mats",
@@ -200,14 +221,15 @@ def regmean(
         others: what becomes of leaves that have no $A_t$: the `"average"`, as the
             authors do, or, with `"diagonal"`, one where each entry weighs by how much
             it was used, as rows of embeddings by how often they were looked up: for
-            these, the same objective.
+            these, the same objective. In tied embeddings, which have $A_t$ too, the
+            objective is then the sum of both.
         info: whether to return, besides the merged tree, a `SolveInfo` per leaf.
 
     Returns:
         A pytree like the first model, in its dtypes and shardings; arithmetic is in
         float32. With `info`, also a dict from paths to `SolveInfo`, with a leading axis
         for stacked layers: the inverse is a few steps of conjugate gradients, after a
-        factorisation, that make up for what float32 loses in it.
+        factorisation, that make up for what float32 loses in it. Warns as `mats`.
 
     Raises:
         ValueError: no models, trees that are not alike, statistics that do not belong
@@ -285,7 +307,7 @@ def matching_objective(
     """
     method = "matching_objective"
     choice(method, "normalize", normalize, get_args(Normalize))
-    problem = pose(method, models, statistics, metric, weights)
+    problem = pose(method, models, statistics, metric, weights, warns=False)
     params = _covered(method, problem, models, "params", params)
     plan = plan_matrices(
         ABSENT,
@@ -313,10 +335,7 @@ def _covered(
     method: str, problem: Problem, models: Sequence[Params], name: str, tree: Params
 ) -> dict[str, Any]:
     """The leaves of a further tree that the problem covers."""
-    try:
-        check_alike(models[0], [tree], names=["models[0]", name])
-    except ValueError as error:
-        raise ValueError(f"{method}: {error}") from None
+    check_trees(method, {"models[0]": models[0], name: tree})
     leaves = named_leaves(tree)
     return {path: leaves[path] for path in problem.axes}
 
@@ -333,6 +352,7 @@ def match(
     others: Others,
     numbers: Mapping[str, Any],
     start: Params | None = None,
+    warns: bool = True,
     **choices: Any,
 ) -> tuple[Params, dict[str, SolveInfo]]:
     """Solves the systems of the leaves that `metric` covers; others by policy.
@@ -344,6 +364,7 @@ def match(
         statistics: of each model.
         numbers: arguments of `kernel` that may be traced.
         start: a tree like the models to start at, if not at the average.
+        warns: whether to warn of few samples and of systems without a minimum.
         choices: arguments of `kernel` that are compiled in.
 
     Returns:
@@ -351,22 +372,29 @@ def match(
     """
     choice(method, "normalize", normalize, get_args(Normalize))
     choice(method, "others", others, get_args(Others))
-    problem = pose(method, models, statistics, metric, weights)
+    problem = pose(method, models, statistics, metric, weights, warns)
     starts = [] if start is None else [_covered(method, problem, models, "init", start)]
-    merged, told = merge_matrices(
-        kernel,
-        ABSENT,
-        [*problem.models, *starts, *problem.fishers],
-        method=method,
-        axes=problem.axes,
-        beside=problem.evidence,
-        numbers=numbers,
-        normalize=normalize,
-        **choices,
-    )
-    _warn_of_indefinite(method, told)
-    leaves = [named_leaves(model) for model in models]
     used = [known.diagonal if others == "diagonal" else {} for known in statistics]
+    tied = {p for p in problem.axes if metric == "gram" and all(p in x for x in used)}
+    merged, told = {}, {}
+    plain = problem.axes.keys() - tied
+    for paths, entries in ((tied, used), (plain, problem.fishers)):
+        trees = [*problem.models, *starts, *entries]
+        matched, how = merge_matrices(
+            kernel,
+            ABSENT,
+            [{path: tree[path] for path in sorted(paths)} for tree in trees],
+            method=method,
+            axes=problem.axes,
+            beside=problem.evidence,
+            numbers=numbers,
+            normalize=normalize,
+            **choices,
+        )
+        merged, told = merged | matched, told | how
+    if warns:
+        warn_of_indefinite(method, told)
+    leaves = [named_leaves(model) for model in models]
     rest = merge_weighted(
         method,
         [{p: leaf for p, leaf in tree.items() if p not in merged} for tree in leaves],
@@ -376,16 +404,3 @@ def match(
         normalize=normalize,
     )
     return rebuild(models[0], {**merged, **rest}), told
-
-
-def _warn_of_indefinite(method: str, told: Mapping[str, SolveInfo]) -> None:
-    flags = {path: info.indefinite for path, info in told.items()}
-    known = {p: flag for p, flag in flags.items() if not isinstance(flag, Tracer)}
-    if bad := [path for path, flag in known.items() if jnp.any(flag)]:
-        more = f" and {len(bad) - 5} more" if bad[5:] else ""
-        warnings.warn(
-            f"{method}: the systems of these leaves are not positive definite: "
-            f"{', '.join(bad[:5])}{more}. The last step before that showed is kept. "
-            "Take weights that are not negative; with few tokens, a ridge of 1e-4.",
-            stacklevel=4,
-        )

@@ -1,7 +1,11 @@
 """Statistics of data: what it tells about each weight of any JAX model."""
 
 from jaxmerge.statistics.collecting import collect, trace
-from jaxmerge.statistics.storage import load_statistics, save_statistics
+from jaxmerge.statistics.storage import (
+    load_statistics,
+    read_provenance,
+    save_statistics,
+)
 from jaxmerge.statistics.types import Site, Statistics, Trace, Unknown
 
 __all__ = [
@@ -11,6 +15,7 @@ __all__ = [
     "Unknown",
     "collect",
     "load_statistics",
+    "read_provenance",
     "save_statistics",
     "trace",
 ]

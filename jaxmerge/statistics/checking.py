@@ -9,10 +9,9 @@ import jax
 import numpy as np
 
 from jaxmerge.options import choice, whole_number, without_effect
-from jaxmerge.statistics import moments
 from jaxmerge.statistics.gradients import LABELS
 from jaxmerge.statistics.measuring import Request
-from jaxmerge.statistics.plan import Contract, Convolve, Plan
+from jaxmerge.statistics.plan import Plan, fits
 from jaxmerge.tree import Params
 
 KINDS = ("gram", "output_gradient", "fisher", "fisher_block")
@@ -48,6 +47,11 @@ def count_examples(batch: Any) -> int:
             "examples along their first axis. What is not per example belongs into "
             "`apply`, for example by functools.partial."
         )
+    if not shapes[0][0]:
+        raise ValueError(
+            f"collect: a batch has no examples, its arrays are of shapes {shapes}; "
+            "leave it out."
+        )
     return shapes[0][0]
 
 
@@ -62,6 +66,19 @@ def check_options(
     whole_number("collect", "groups", groups, least=1)
     whole_number("collect", "chunk", request.chunk, least=1)
     whole_number("collect", "max_size", max_size, least=1)
+    for name, function in [
+        ("apply", request.apply),
+        ("loss", request.loss),
+        ("mask", request.mask),
+    ]:
+        try:
+            hash(function)
+        except TypeError:
+            raise ValueError(
+                f"collect: {name} is a {type(function).__name__}, which Python cannot "
+                "hash, so that what is compiled for it is not found again; give a "
+                "function that calls it."
+            ) from None
     if not _needs_labels(what):
         needs = "'output_gradient', 'fisher' or 'fisher_block' in what"
         without_effect("collect", "labels", request.labels, "expectation", needs)
@@ -85,48 +102,63 @@ def _needs_labels(what: Sequence[str]) -> bool:
     return set(what) != {"gram"}
 
 
-def check_batch(
-    request: Request, what: Sequence[str], plan: Plan, params: Params, batch: Any
-) -> None:
-    """Checks what `apply`, `loss` and `mask` return, from shapes alone."""
+def check_mask(request: Request, batch: Any) -> tuple[int, ...] | None:
+    """The shape of the mask of a batch, of shapes alone: (examples, tokens)."""
     examples = count_examples(batch)
-    positions: tuple[int, ...] = ()
-    if _needs_labels(what):
-        results = jax.eval_shape(request.apply, params, batch)
-        if request.loss is None:
-            positions = _check_logits(request.labels, results, examples)
-        else:
-            _check_loss(jax.eval_shape(request.loss, results, batch), examples)
     if request.mask is None:
-        return
+        return None
     shape = jax.eval_shape(request.mask_of, batch).shape
-    tokens = [
-        action.tokens
-        for actions in plan.actions.values()
-        for action in actions
-        if isinstance(action, Contract | Convolve)
-    ]
     if len(shape) != 2 or shape[0] != examples:
         raise ValueError(
             f"collect: the mask has shape {shape} in a batch of {examples} examples; "
-            "it must be (examples, tokens)."
+            "it must be (examples, tokens) or (examples,)."
         )
-    if not any(moments.fits(shape, sizes) for sizes in [*tokens, positions]):
-        seen = ", ".join(map(str, dict.fromkeys(tokens)))
+    return shape
+
+
+def check_results(
+    request: Request,
+    what: Sequence[str],
+    plan: Plan,
+    params: Params,
+    batch: Any,
+    mask: tuple[int, ...] | None,
+) -> None:
+    """Checks results of `apply` and `loss`, and that a mask fits, from shapes alone."""
+    examples = count_examples(batch)
+    if _needs_labels(what):
+        results = jax.eval_shape(request.apply, params, batch)
+        if request.loss is None:
+            _check_logits(request.labels, results, examples, mask)
+            return
+        _check_loss(jax.eval_shape(request.loss, results, batch), examples)
+    if mask and not plan.actions:
         raise ValueError(
-            f"collect: no weight has tokens of the mask's shape {shape}; they have "
-            f"{seen or 'none'}. Examples and tokens must be the first two axes of the "
-            "data in the model."
+            f"collect: no use of a leaf has tokens of the mask's shape {mask}. "
+            "Examples and tokens must be the first two axes of the data in the model."
         )
 
 
-def _check_logits(labels: str, results: Any, examples: int) -> tuple[int, ...]:
+def _check_logits(
+    labels: str, results: Any, examples: int, mask: tuple[int, ...] | None
+) -> None:
     shape = getattr(results, "shape", None)
     if shape is None or len(shape) < 2 or shape[0] != examples:
         raise ValueError(
             f"collect: apply returns {results}, but labels={labels!r} needs logits, "
             f"one array ({examples}, classes) or ({examples}, tokens, classes). Return "
             "them alone, or give labels='empirical' and a loss."
+        )
+    if shape[-1] == 1:
+        raise ValueError(
+            f"collect: apply returns {results}, logits of one class, of which any "
+            "model is sure: all gradients would be zero. Give two logits, or "
+            "labels='empirical' and a loss."
+        )
+    if mask and not fits(mask, shape[:-1]):
+        raise ValueError(
+            f"collect: the mask has shape {mask}, which does not fit logits of shape "
+            f"{shape}; give labels='empirical' and a loss that leaves padding out."
         )
     passes = math.prod(shape[1:])
     if labels == "expectation" and passes > _MOST_PASSES:
@@ -135,7 +167,6 @@ def _check_logits(labels: str, results: Any, examples: int) -> tuple[int, ...]:
             f"the model for each batch, one for each of the logits {shape[1:]} of an "
             "example; labels='sample' takes one."
         )
-    return shape[:-1]
 
 
 def _check_loss(losses: Any, examples: int) -> None:

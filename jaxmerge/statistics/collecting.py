@@ -2,6 +2,7 @@
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -12,8 +13,9 @@ from jax import Array
 from jaxmerge.matrices import matrix_shape
 from jaxmerge.statistics import tracing
 from jaxmerge.statistics.checking import (
-    check_batch,
+    check_mask,
     check_options,
+    check_results,
     count_examples,
     start,
 )
@@ -84,8 +86,22 @@ def collect(
       example's log-likelihood: exact, from the gradients of single examples.
     - "fisher_block": the same with outer products, for leaves that are no matrices.
 
-    The last three need labels. By default these are all labels, weighted as the model
-    predicts them, which is exact and takes one pass back for every class at every
+    What is not understood, and so is listed:
+
+    - weights that are computed from leaves, as by WeightNorm, by quantisation or from
+      factors of LoRA, `w + a @ b`; but a number that the model multiplies a leaf with
+      counts as a part of its input,
+    - parts of leaves: `w[:, :3]`, `layers[i]` in a Python loop, and matrices that data
+      choose, `experts[i]`,
+    - convolutions with groups that are neither depthwise nor an axis of the leaf,
+    - `jax.shard_map`, `jax.lax.ragged_dot`, Pallas, and `jax.vmap` of branches.
+
+    Inputs of stacked weights that are all zero do not count as tokens: a router left
+    these slots of experts empty. Factors of LoRA that are leaves of their own have
+    statistics, but merges refuse such trees.
+
+    The last three kinds need labels. By default these are all labels, weighted as the
+    model predicts them, which is exact and takes one pass back for every class at every
     position.
 
     Args:
@@ -103,9 +119,14 @@ def collect(
         loss: `loss(outputs, batch)`, the negative log-likelihood of each example,
             (examples,), summed over its tokens.
         key: a random key or a seed, to draw labels.
-        mask: which tokens count, booleans or zeros and ones (examples, tokens): a key
-            of the batch, or a function of it. Applied to every use of a leaf whose
-            tokens have these axes, and to the logits, but not to `loss`.
+        mask: which tokens count, booleans or zeros and ones, (examples, tokens) or
+            (examples,): a key of the batch, or a function of it. Applied to uses of
+            leaves and to logits, but not to `loss`. In the model, examples and tokens
+            must be the leading axes, in this order or in one; where time comes first,
+            and is as long as there are examples, the wrong tokens count. An example
+            that has one token, as behind a pooling, counts if any of its tokens does.
+            Uses that the mask does not fit are left out, and listed as unknown: those
+            in a scan over tokens, or of experts that get tokens in slots.
         groups: how many passes over the batches to take, each with a part of the
             statistics in memory of the devices. With more than one, results are NumPy
             arrays.
@@ -120,8 +141,8 @@ def collect(
 
     Raises:
         ValueError: an option that is out of range or has no effect, batches that have
-            no examples, a loss that is not one number per example, or a mask that fits
-            no use of a leaf.
+            no examples, or of which some use leaves in another way, a loss that is not
+            one number per example, or a mask that fits no use of a leaf.
 
     Example:
         >>> params = {"up": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
@@ -140,15 +161,17 @@ def collect(
     check_options(request, what, key, groups, max_size)
     stream, first = start(batches, groups)
     request = request._replace(auto=needs_auto(apply, params, first))
-    shapes = _shapes_of((params, first))
-    plan = tracing.plan(apply, *shapes)
-    check_batch(request, what, plan, *shapes)
+    leaves, batch = _shapes_of((params, first))
+    tokens = check_mask(request, batch)
+    plan = tracing.plan(apply, leaves, batch, tokens)
+    check_results(request, what, plan, leaves, batch, tokens)
+    request = request._replace(uses=plan.uses)
     parts, too_large = _parts(plan, what, max_size)
-    key = jax.random.key(key) if isinstance(key, int) else key
+    draws = _random_key(key)
     found: Found = {kind: {} for kind in _FIELDS}
     examples = 0
     for group in _grouped(parts, groups):
-        total, examples = _sum(request._replace(parts=group), params, stream, key)
+        total, examples = _sum(request._replace(parts=group), params, stream, draws)
         for kind, arrays in total.items():
             if kind in _STORED:
                 arrays = {name: x.astype(dtype) for name, x in arrays.items()}
@@ -173,6 +196,14 @@ def _shapes_of(tree: Any) -> Any:
     )
 
 
+def _random_key(key: Any) -> Any:
+    """The random key of a seed; keys and None are what they are."""
+    try:
+        return jax.random.key(operator.index(key))
+    except TypeError:
+        return key
+
+
 def _sum(
     request: Request, params: Params, batches: Iterable[Any], key: Array | None
 ) -> tuple[Found, int]:
@@ -182,7 +213,16 @@ def _sum(
     for number, batch in enumerate(batches):
         examples += count_examples(batch)
         draws = None if key is None else jax.random.fold_in(key, number)
-        found = measure(request, params, batch, draws)
+        try:
+            found = measure(request, params, batch, draws)
+        except ValueError as error:
+            if "Reverse-mode differentiation" not in str(error):
+                raise
+            raise ValueError(
+                "collect: gradients do not go back through a while loop of the model; "
+                "write it as jax.lax.scan, or as jax.lax.fori_loop with bounds that "
+                "are plain numbers, or ask for what='gram' alone."
+            ) from error
         total = _add(total, found) if number else found
     return total, examples
 

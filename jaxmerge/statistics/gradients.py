@@ -71,14 +71,16 @@ def scores(
     def sampled(outputs: Array, keys: Array, mask: Array | None) -> Array:
         logits, weights = likely(outputs, mask)
         drawn = jax.vmap(jax.random.categorical)(keys, logits)
-        score = jax.nn.one_hot(drawn, classes) - jax.nn.softmax(logits)
+        score = jax.nn.one_hot(drawn, classes, dtype=logits.dtype) - jax.nn.softmax(
+            logits
+        )
         return (score * weights).reshape(outputs.shape).astype(outputs.dtype)
 
     def expected(outputs: Array, mask: Array | None, number: Array) -> Array:
         logits, weights = likely(outputs, mask)
         position, label = number // classes, number % classes
         chance = jax.nn.softmax(logits[:, position])
-        score = jax.nn.one_hot(label, classes)[None] - chance
+        score = jax.nn.one_hot(label, classes, dtype=logits.dtype)[None] - chance
         score *= jnp.sqrt(chance[:, label, None]) * weights[:, position]
         score = jnp.zeros_like(logits).at[:, position].set(score)
         return score.reshape(outputs.shape).astype(outputs.dtype)

@@ -124,9 +124,9 @@ def _evaluate(
                     if action.gradient is not None and action.gradient in taps:
                         tap = _tap(action, eqn)
                         results = [tap(results[0], taps[action.gradient], run.mask)]
-                case Scale(key, chain, shape, kept):
-                    factor = scaled_by(chain)
-                    sums[key] = (moments.of_factor(factor, shape, kept, run.mask),)
+                case Scale():
+                    factor = scaled_by(action.chain)
+                    sums[action.key] = (moments.of_factor(action, factor, run.mask),)
                 case LookUp(key, kept):
                     table, rows = operands
                     sums[key] = (moments.of_rows(eqn, table, rows, kept, run.mask),)

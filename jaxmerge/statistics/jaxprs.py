@@ -1,8 +1,9 @@
 """What differs between versions of JAX in how jaxprs are made, in one place."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 from jax.extend import core
 
 Equation = Any
@@ -20,6 +21,24 @@ CALLS = CHECKPOINTS | {
     "pjit",
 }
 """Primitives that run one jaxpr once, on their operands."""
+
+SAME = frozenset(
+    {
+        "convert_element_type",
+        "copy",
+        "copy_p",
+        "layout_constraint",
+        "mesh_cast",
+        "name",
+        "optimization_barrier",
+        "pvary",
+        "reduce_precision",
+        "reshard",
+        "sharding_constraint",
+        "stop_gradient",
+    }
+)
+"""Primitives that hand each of their operands on as it is, but for rounding."""
 
 
 class Body(NamedTuple):
@@ -90,6 +109,14 @@ def while_of(eqn: Equation) -> Loop:
 def branches_of(eqn: Equation) -> list[Body]:
     """The branches of a cond."""
     return [body_of(branch) for branch in eqn.params["branches"]]
+
+
+def inside(eqn: Equation) -> Iterator[Equation]:
+    """The equations of all jaxprs that an equation holds, and of those inside."""
+    for held in jax.tree.leaves(eqn.params):
+        for inner in getattr(body_of(held).jaxpr, "eqns", ()):
+            yield inner
+            yield from inside(inner)
 
 
 def is_literal(atom: Atom) -> bool:

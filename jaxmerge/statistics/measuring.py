@@ -40,6 +40,7 @@ class Request(NamedTuple):
 
     Attributes:
         parts: the statistics that are wanted.
+        uses: how leaves are used in batches of any shape, `Plan.uses`.
         auto: whether the compiler chooses the shardings inside the model, also along
             `Explicit` axes of a mesh.
     """
@@ -50,6 +51,7 @@ class Request(NamedTuple):
     mask: str | Callable[[Any], Array] | None
     chunk: int
     parts: tuple[Part, ...] = ()
+    uses: tuple[Any, ...] = ()
     auto: bool = False
 
     def names(self, kind: str) -> list[str]:
@@ -61,10 +63,11 @@ class Request(NamedTuple):
         return results if self.loss is None else -self.loss(results, batch)
 
     def mask_of(self, batch: Any) -> Array | None:
-        """Which tokens of a batch count."""
+        """Which tokens of a batch count, (examples, tokens)."""
         if self.mask is None:
             return None
-        return batch[self.mask] if isinstance(self.mask, str) else self.mask(batch)
+        mask = batch[self.mask] if isinstance(self.mask, str) else self.mask(batch)
+        return mask[:, None] if mask.ndim == 1 else mask
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -77,8 +80,18 @@ def measure(request: Request, params: Params, batch: Any, key: Array | None) -> 
 
 
 def _measure(request: Request, params: Params, batch: Any, key: Array | None) -> Found:
-    plan = tracing.plan(request.apply, params, batch)
     mask = request.mask_of(batch)
+    plan = tracing.plan(
+        request.apply, params, batch, None if mask is None else mask.shape
+    )
+    for first, here in zip(request.uses, plan.uses, strict=True):
+        if first != here:
+            shapes = [leaf.shape for leaf in jax.tree.leaves(batch)]
+            raise ValueError(
+                f"collect: in a batch of shapes {shapes}, the model uses leaf "
+                f"{here[0].path!r} in another way than in the first batch; pad batches "
+                "to the same shapes, and leave padding out by a mask."
+            )
     found = _moments(request, plan, params, batch, key, mask)
     stacks = {site.path: site.stack for site in plan.sites}
     squares, blocks = request.names("fisher"), request.names("fisher_block")
@@ -164,7 +177,7 @@ def _moments(
         gram_or_diagonal, *tokens = sums[term.key]
         if kind == "tokens":
             return _fit(tokens[0], term, 0)
-        return _fit(gram_or_diagonal, term, 2 if kind == "gram" else 0)
+        return term.scale * _fit(gram_or_diagonal, term, 2 if kind == "gram" else 0)
 
     return {
         kind: {

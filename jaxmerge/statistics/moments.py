@@ -9,11 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxmerge import sharding
-from jaxmerge.statistics.plan import Contract, Convolve
+from jaxmerge.statistics.plan import Contract, Convolve, Scale
 from jaxmerge.statistics.views import Layout, arrange
-
-SMALL = 512
-"""Features of matrices whose products are not worth taking apart."""
 
 
 def of_input(
@@ -25,8 +22,7 @@ def of_input(
         action: what the weight is contracted with.
         eqn: the equation that does it.
         x: the data.
-        mask: which tokens count, (examples, tokens). It has no effect where the axes of
-            tokens do not begin with these two, or with the two in one.
+        mask: which tokens count, (examples, tokens), which must fit them.
 
     Returns:
         The sum over tokens of x x^T, (*stack, features, features), and how many tokens
@@ -60,15 +56,15 @@ def of_result(
     return _everywhere(measure, g, mask)
 
 
-def of_factor(
-    x: Array, shape: Sequence[int], kept: Sequence[int], mask: Array | None
-) -> Array:
-    """The sum of squares of `x`, repeated to `shape`, over all axes but those kept."""
+def of_factor(action: Scale, x: Array, mask: Array | None) -> Array:
+    """The sum of squares of `x`, repeated to a shape, over all axes but those kept."""
+    shape, kept = action.shape, action.kept
     summed = [axis for axis in range(len(shape)) if axis not in kept]
 
     def measure(x: Array, mask: Array | None) -> Array:
         x = jnp.square(x.astype(jnp.float32)).reshape(x.shape or (1,) * len(shape))
-        x = x * token_weights(mask, shape)
+        weights = token_weights(mask, action.tokens)
+        x = x * jnp.expand_dims(weights, range(weights.ndim, len(shape)))
         repeats = math.prod(shape[axis] // x.shape[axis] for axis in summed)
         total = jnp.sum(x, axis=summed) * repeats
         return jnp.broadcast_to(total, [shape[axis] for axis in kept])
@@ -93,24 +89,30 @@ def of_rows(
             ),
             jnp.zeros(table.shape, jnp.float32),
         )
-        weights = jnp.broadcast_to(token_weights(mask, entries.shape), entries.shape)
+        features = eqn.params["dimension_numbers"].offset_dims
+        tokens = [n for axis, n in enumerate(entries.shape) if axis not in features]
+        weights = jnp.expand_dims(token_weights(mask, tokens), features)
+        weights = jnp.broadcast_to(weights, entries.shape)
         return jnp.sum(count(weights)[0], axis=summed)
 
     return _everywhere(measure, rows, mask)
 
 
-def fits(mask: tuple[int, ...], tokens: Sequence[int]) -> bool:
-    """Whether a mask of one shape says which tokens count among tokens of another."""
-    return tuple(tokens[:2]) == mask or tuple(tokens[:1]) == (math.prod(mask),)
-
-
 def token_weights(mask: Array | None, tokens: Sequence[int]) -> Array:
-    """One for tokens that count, else zero, of a shape that broadcasts to `tokens`."""
-    if mask is None or not fits(mask.shape, tokens):
+    """One for tokens that count, else zero, of a shape that broadcasts to `tokens`.
+
+    Args:
+        mask: which count, (examples, tokens), of a shape that `plan.fits` the tokens.
+        tokens: the sizes of their axes.
+    """
+    if mask is None:
         return jnp.ones((1,) * len(tokens), jnp.float32)
-    leading = mask.shape if tuple(tokens[:2]) == mask.shape else (mask.size,)
-    shape = (*leading, *(1 for _ in tokens[len(leading) :]))
-    return mask.astype(jnp.float32).reshape(shape)
+    if tuple(tokens[:2]) != mask.shape:
+        flat = tokens[0] == mask.size
+        mask = mask.reshape(-1) if flat else jnp.any(mask != 0, axis=1)
+    return mask.astype(jnp.float32).reshape(
+        *mask.shape, *(1 for _ in tokens[mask.ndim :])
+    )
 
 
 def _everywhere(measure: Callable[..., Any], *args: Any) -> Any:
@@ -135,33 +137,14 @@ def _moment(
     counted = jnp.broadcast_to(weights, x.shape[:-1])
     if stack and slots:
         counted = counted * jnp.any(x != 0, axis=-1)
-    return _gram(x), jnp.sum(counted, axis=-1)
-
-
-def _gram(x: Array) -> Array:
-    """x^T x of matrices (..., tokens, features).
-
-    What is below the diagonal of a large one is copied: halves of halves save up to
-    nearly half of the multiplications.
-    """
-    features = x.shape[-1]
-    if features < 2 * SMALL or features % 2:
-        return _products(x, x)
-    a, b = jnp.split(x, 2, axis=-1)
-    across = _products(a, b)
-    upper = jnp.concatenate([_gram(a), across], axis=-1)
-    lower = jnp.concatenate([jnp.swapaxes(across, -2, -1), _gram(b)], axis=-1)
-    return jnp.concatenate([upper, lower], axis=-2)
-
-
-def _products(a: Array, b: Array) -> Array:
-    return jnp.einsum(
+    gram = jnp.einsum(
         "...ti,...tj->...ij",
-        a,
-        b,
+        x,
+        x,
         precision="highest",
         preferred_element_type=jnp.float32,
     )
+    return gram, jnp.sum(counted, axis=-1)
 
 
 def _exact(x: Array) -> Array:

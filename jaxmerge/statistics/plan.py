@@ -27,7 +27,6 @@ class Contract(NamedTuple):
 
     Attributes:
         data: which operand is the data.
-        tokens: the sizes of the axes that are summed over.
         stack: the axes of the data along which weights differ,
         contracted: and those of the inputs.
         inputs: the layout of the inputs.
@@ -40,7 +39,6 @@ class Contract(NamedTuple):
     """
 
     data: int
-    tokens: tuple[int, ...]
     stack: tuple[int, ...]
     contracted: tuple[int, ...]
     inputs: Layout
@@ -54,7 +52,6 @@ class Contract(NamedTuple):
 class Convolve(NamedTuple):
     """A convolution of data with a weight; attributes as of `Contract`."""
 
-    tokens: tuple[int, ...]
     inputs: Layout
     outputs: Layout
     data: int = 0
@@ -71,12 +68,14 @@ class Scale(NamedTuple):
             that the leaf goes through until it has met all its factors.
         shape: the shape of the derivatives.
         kept: the axes of it that the leaf has; sums are taken over the others.
+        tokens: the leading axes of it, which are not of features.
     """
 
     key: Key
     chain: tuple[tuple[int, int], ...]
     shape: tuple[int, ...]
     kept: tuple[int, ...]
+    tokens: tuple[int, ...]
 
 
 class LookUp(NamedTuple):
@@ -102,11 +101,13 @@ class Term(NamedTuple):
         layout: of its leading axes, those of layers and experts, flattened; of all its
             axes for an elementwise use.
         shape: what becomes of these axes.
+        scale: what the sum is multiplied with.
     """
 
     key: Key
     layout: Layout
     shape: tuple[int, ...]
+    scale: float = 1.0
 
 
 class Plan(NamedTuple):
@@ -137,6 +138,12 @@ class Plan(NamedTuple):
     sites: tuple[Site, ...]
     unknown: tuple[Unknown, ...]
 
+    @property
+    def uses(self) -> tuple[tuple[Site, bool, bool], ...]:
+        """The leaves, and whether they have diagonals and uses that are unknown."""
+        lost = {use.path for use in self.unknown}
+        return tuple((s, s.path in self.diagonals, s.path in lost) for s in self.sites)
+
     def is_stacked(self, key: Key, loop: Place) -> bool:
         """Whether a sum is kept apart for each step of a scan."""
         return any(level.loop == loop for level in self.levels[key])
@@ -155,11 +162,34 @@ def keys_of(action: Action) -> tuple[Key, ...]:
     return (action.key,)
 
 
-class Record:
-    """Collects what is found in a model's jaxpr, for a `Plan`."""
+def fits(mask: Sequence[int], tokens: Sequence[int], region: Place = ()) -> bool:
+    """Whether a mask says which tokens count.
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]]):
+    It does where their axes begin with those of the mask, or with the two in one. Where
+    each example has one token, that counts if any does; but not in loops, whose steps
+    may be tokens themselves.
+
+    Args:
+        mask: its shape, (examples, tokens).
+        tokens: the sizes of their axes.
+        region: the innermost loop or branch around them.
+    """
+    mask, tokens = tuple(mask), tuple(tokens)
+    one_each = tokens[:1] == mask[:1] == (math.prod(tokens),) and not region
+    return one_each or tokens[:2] == mask or tokens[:1] == (math.prod(mask),)
+
+
+class Record:
+    """Collects what is found in a model's jaxpr, for a `Plan`.
+
+    What records a use of a leaf returns the reason why it could not, if so.
+    """
+
+    def __init__(
+        self, shapes: dict[str, tuple[int, ...]], mask: tuple[int, ...] | None
+    ):
         self.shapes = shapes
+        self.mask = mask
         self._actions: dict[Place, list[Action]] = {}
         self._levels: dict[Key, tuple[Level, ...]] = {}
         self._shapes: dict[Key, Shapes] = {}
@@ -178,8 +208,10 @@ class Record:
     def contract(
         self,
         place: Place,
+        region: Place,
         view: View,
         matrices: Matrices,
+        tokens: Sequence[Sequence[int]],
         sizes: Sequence[int],
         same: Any,
         action: Contract | Convolve,
@@ -188,20 +220,21 @@ class Record:
 
         Args:
             place: the equation.
+            region: the innermost loop or branch around it.
             view: the leaf as it comes in.
             matrices: which of its axes are which.
+            tokens: the sizes of the axes that are summed over, in data and result.
             sizes: of the axes along which the equation has a weight for each.
-            same: equal for equations with the same input.
+            same: equal for equations of the region with the same input.
             action: what to do there, without keys.
-
-        Returns:
-            Why this does not agree with another use of the leaf, if so.
         """
+        if not all(self._counts(each, region) for each in tokens):
+            return _NOT_MASKED
         leaf, axes = view.leaf, matrices.axes
         known = self._axes.setdefault(leaf, axes)
         if known != axes:
             return f"here {axes}, but elsewhere {known}"
-        same = (same, tuple(level.loop for level in view.levels))
+        same = (region, same, tuple(level.loop for level in view.levels))
         first = same not in self._inputs
         if first:
             inputs = math.prod(matrices.inputs.sizes)
@@ -210,22 +243,38 @@ class Record:
         outputs = math.prod(matrices.outputs.sizes)
         gradient = self._new_key(view, (*sizes, outputs, outputs))
         shape = tuple(self.shapes[leaf][axis] for axis in axes.stack)
-        for home, key in ((self._grams, gram), (self._gradients, gradient)):
-            home.setdefault(leaf, []).append(Term(key, matrices.stack, shape))
+        term = Term(gram, matrices.stack, shape, view.scale**2)
+        self._grams.setdefault(leaf, []).append(term)
+        term = Term(gradient, matrices.stack, shape)
+        self._gradients.setdefault(leaf, []).append(term)
         self._stacks[leaf] = axes.stack
         keys = {"gram": gram if first else None, "gradient": gradient}
         self._act(place, action._replace(**keys))
         return None
 
     def scale(
-        self, place: Place, view: View, chain: tuple[tuple[int, int], ...]
-    ) -> None:
+        self,
+        place: Place,
+        region: Place,
+        view: View,
+        chain: tuple[tuple[int, int], ...],
+    ) -> str | None:
         """Records an elementwise use of a leaf, in the shape of `view`."""
-        self._act(place, Scale(self._diagonal(view), chain, view.shape, _kept(view)))
+        shape, kept = view.shape, _kept(view)
+        tokens = shape[:-1] if len(shape) - 1 in kept else shape
+        if not self._counts(tokens, region):
+            return _NOT_MASKED
+        self._act(place, Scale(self._diagonal(view), chain, shape, kept, tokens))
+        return None
 
-    def look_up(self, place: Place, view: View) -> None:
-        """Records that rows of a leaf are looked up."""
+    def look_up(
+        self, place: Place, region: Place, view: View, tokens: Sequence[int]
+    ) -> str | None:
+        """Records that rows of a leaf are looked up, one for each token."""
+        if not self._counts(tokens, region):
+            return _NOT_MASKED
         self._act(place, LookUp(self._diagonal(view), _kept(view)))
+        return None
 
     def plan(self, body: Body, results: Any, dtypes: dict[str, str]) -> Plan:
         """Gives equal inputs one name, and lists leaves that no data meets."""
@@ -263,9 +312,14 @@ class Record:
             unknown=tuple(self._unknown),
         )
 
+    def _counts(self, tokens: Sequence[int], region: Place) -> bool:
+        """Whether it is known which tokens count."""
+        return self.mask is None or fits(self.mask, tokens, region)
+
     def _diagonal(self, view: View) -> Key:
         key = self._new_key(view, tuple(view.shape[axis] for axis in _kept(view)))
-        term = Term(key, views.elementwise_layout(view), self.shapes[view.leaf])
+        layout, shape = views.elementwise_layout(view), self.shapes[view.leaf]
+        term = Term(key, layout, shape, view.scale**2)
         self._diagonals.setdefault(view.leaf, []).append(term)
         self._stacks.setdefault(view.leaf, views.stacked_axes(view))
         return key
@@ -278,6 +332,9 @@ class Record:
 
     def _act(self, place: Place, action: Action) -> None:
         self._actions.setdefault(place, []).append(action)
+
+
+_NOT_MASKED = "the mask fits none of its axes"
 
 
 def _kept(view: View) -> tuple[int, ...]:

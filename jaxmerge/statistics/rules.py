@@ -6,6 +6,7 @@ single leaf can be told any more (`Mixed`); a constant; or data.
 """
 
 import math
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from jaxmerge.statistics import views
@@ -24,12 +25,10 @@ class Data(NamedTuple):
     Attributes:
         name: equal for equal values.
         distinct: how many of its entries may differ.
-        table: the leaf that it is rows of; empty for other data.
     """
 
     name: Any
     distinct: int
-    table: str = ""
 
 
 class Scaled(NamedTuple):
@@ -66,6 +65,10 @@ _FOLLOWED = FACTORS | TERMS | views.REARRANGING
 """Where it goes on with a leaf that has met a part of its factors."""
 
 
+_FUNCTIONS = frozenset({"cos", "erf", "exp", "logistic", "sin", "tanh"})
+"""What is no factor or term any more behind these."""
+
+
 class At(NamedTuple):
     """An equation, where it is and what its operands are.
 
@@ -100,10 +103,16 @@ class At(NamedTuple):
         """The shape of the result, or the first of them."""
         return self.eqn.outvars[0].aval.shape
 
+    @property
+    def followers(self) -> list[str]:
+        """The names of the operations that use the result, or the first of them."""
+        users = self.users.get(self.eqn.outvars[0], [])
+        return sorted(user.primitive.name if user else "return" for user in users)
 
-def new_data(variable: Any, table: str = "") -> Data:
+
+def new_data(variable: Any) -> Data:
     """The tag of data that is like no other."""
-    return Data(object(), math.prod(variable.aval.shape), table)
+    return Data(object(), math.prod(variable.aval.shape))
 
 
 def view_of(tag: Any) -> View:
@@ -123,22 +132,15 @@ def meet(record: Record, at: At) -> list[Tag]:
             record.give_up(*tag.blame)
         elif isinstance(tag, View | Scaled):
             found = rule(record, at, operand)
-            if isinstance(found, Scaled | Data):
+            if isinstance(found, Scaled):
                 return [found]
             if isinstance(found, str):
                 record.give_up(Unknown(view_of(tag).leaf, at.primitive, found))
-        elif isinstance(tag, Data) and tag.table and _both_data(at):
-            reason = "rows of it that are looked up are contracted with data"
-            record.give_up(Unknown(tag.table, at.primitive, reason))
     data = [new_data(variable) for variable in at.eqn.outvars]
     match [tag for tag in at.tags if tag is not CONSTANT]:
-        case [Data(_, distinct, _)] if at.primitive in _ENTRYWISE:
+        case [Data(_, distinct)] if at.primitive in _ENTRYWISE:
             return [data[0]._replace(distinct=min(distinct, data[0].distinct))]
     return [*data]
-
-
-def _both_data(at: At) -> bool:
-    return at.primitive == "dot_general" and all(isinstance(t, Data) for t in at.tags)
 
 
 # A rule returns the tag of the result where that is not plain data, or the reason why
@@ -166,8 +168,7 @@ def _dot(record: Record, at: At, weight: int) -> str | None:
         axes |= {n: view.axes[axis] for n, axis in zip(features, free, strict=True)}
         every = tuple(axes.get(n, ()) for n in range(len(at.shape)))
         seen = view._replace(shape=at.shape, axes=every)
-        record.scale(at.place, seen, ((at.number, weight),))
-        return None
+        return record.scale(at.place, at.region, seen, ((at.number, weight),))
     matrices = views.matrices_of(
         view,
         record.shapes[view.leaf],
@@ -181,7 +182,6 @@ def _dot(record: Record, at: At, weight: int) -> str | None:
     kept = {*contracted[1 - weight], *(batch[1 - weight][n] for n in stack)}
     action = Contract(
         data=1 - weight,
-        tokens=tuple(size for axis, size in enumerate(shape) if axis not in kept),
         stack=tuple(batch[1 - weight][n] for n in stack),
         contracted=tuple(axis for axis, _ in pairs),
         inputs=matrices.inputs,
@@ -189,9 +189,16 @@ def _dot(record: Record, at: At, weight: int) -> str | None:
         features=features,
         outputs=matrices.outputs,
     )
+    tokens = (_without(shape, kept), _without(at.shape, {*stack, *features}))
     sizes = [view.shape[batch[weight][n]] for n in stack]
-    same = (at.region, data.name, action.stack, action.contracted, action.inputs)
-    return record.contract(at.place, view, matrices, sizes, same, action)
+    same = (data.name, action.stack, action.contracted, action.inputs)
+    return record.contract(
+        at.place, at.region, view, matrices, tokens, sizes, same, action
+    )
+
+
+def _without(shape: Sequence[int], axes: Collection[int]) -> tuple[int, ...]:
+    return tuple(size for axis, size in enumerate(shape) if axis not in axes)
 
 
 def _convolve(record: Record, at: At, weight: int) -> str | None:
@@ -218,30 +225,34 @@ def _convolve(record: Record, at: At, weight: int) -> str | None:
     )
     if isinstance(matrices, str):
         return matrices
-    channels = params["dimension_numbers"].out_spec[1]
-    tokens = (*at.shape[:channels], *at.shape[channels + 1 :])
-    action = Convolve(tokens, matrices.inputs, matrices.outputs)
+    action = Convolve(matrices.inputs, matrices.outputs)
+    tokens = (_without(at.shape, {params["dimension_numbers"].out_spec[1]}),)
     sizes = [groups] if groups > 1 else []
-    same = (at.region, data.name, shape[2:], str(params), action.inputs)
-    return record.contract(at.place, view, matrices, sizes, same, action)
+    same = (data.name, shape[2:], str(params), action.inputs)
+    return record.contract(
+        at.place, at.region, view, matrices, tokens, sizes, same, action
+    )
 
 
-def _look_up(record: Record, at: At, operand: int) -> Data | str:
+def _look_up(record: Record, at: At, operand: int) -> str | None:
     view = at.tags[operand]
     if operand != 0 or not isinstance(view, View):
         return _CHANGED
-    record.look_up(at.place, view)
-    return new_data(at.eqn.outvars[0], table=view.leaf)
+    if sum(size > 1 for size in at.eqn.params["slice_sizes"]) > 1:
+        return "matrices of it are looked up, as those of experts"
+    tokens = _without(at.shape, at.eqn.params["dimension_numbers"].offset_dims)
+    return record.look_up(at.place, at.region, view, tokens)
 
 
-def _add(record: Record, at: At, operand: int) -> None:
+def _add(record: Record, at: At, operand: int) -> str | None:
     tag = at.tags[operand]
     joined = at.primitive == "concatenate"
     shape = at.eqn.invars[operand].aval.shape if joined else at.shape
     chain = tag.chain if isinstance(tag, Scaled) else ()
     # The derivatives are taken where the last factor came in.
     place = (*at.frame, chain[-1][0]) if chain else at.place
-    record.scale(place, views.broadcast(view_of(tag), shape), chain)
+    view = views.broadcast(view_of(tag), shape)
+    return record.scale(place, at.region, view, chain)
 
 
 def _multiply(record: Record, at: At, operand: int) -> Scaled | str | None:
@@ -250,7 +261,10 @@ def _multiply(record: Record, at: At, operand: int) -> Scaled | str | None:
         return "it is divided by"
     if isinstance(other, View | Mixed):
         return "it is multiplied with another leaf"
-    complete = isinstance(other, Data) and other.distinct == math.prod(at.shape)
+    last = bool(at.followers) and _FUNCTIONS.issuperset(at.followers)
+    complete = isinstance(other, Data) and (
+        last or other.distinct == math.prod(at.shape)
+    )
     if isinstance(tag, Scaled):
         complete |= tag.complete and tag.view.shape == at.shape
     return wait(record, at, operand, views.broadcast(view_of(tag), at.shape), complete)
@@ -272,12 +286,11 @@ def wait(
     tag, out = at.tags[operand], at.eqn.outvars[0]
     chain = (*(tag.chain if isinstance(tag, Scaled) else ()), (at.number, operand))
     if complete and not _grows(out, at.users, math.prod(view.shape)):
-        record.scale(at.place, view, chain)
-        return None
+        return record.scale(at.place, at.region, view, chain)
     match at.users.get(out):
         case [user] if user is not None and user.primitive.name in _FOLLOWED:
             return Scaled(view, chain, complete)
-    return "several operations use it before it has met all its factors"
+    return f"it enters {', '.join(at.followers)} before it has met all its factors"
 
 
 def _grows(value: Any, users: dict[Any, list[Equation | None]], size: int) -> bool:

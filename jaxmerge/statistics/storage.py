@@ -30,7 +30,7 @@ def save_statistics(
             `statistics.json` with the leaves, what is not known, and where it is from.
         statistics: what `collect` returns.
         provenance: what to write down about the model and the data, anything that
-            `json` can store. The version of jaxmerge is added.
+            `json` can store, for `read_provenance`. The version of jaxmerge is added.
 
     Raises:
         FileExistsError: `path` exists.
@@ -91,6 +91,18 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
         sites=tuple(_site(entry) for entry in header["sites"]),
         unknown=tuple(Unknown(**entry) for entry in header["unknown"]),
     )
+
+
+def read_provenance(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads what `save_statistics` was told of the model and the data.
+
+    Returns:
+        The provenance, and the version of jaxmerge that wrote it as "jaxmerge".
+
+    Raises:
+        CheckpointError: as of `load_statistics`.
+    """
+    return _read_header(Path(path) / HEADER_NAME)["provenance"]
 
 
 _KINDS = tuple(

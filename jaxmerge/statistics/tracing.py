@@ -28,13 +28,19 @@ from jaxmerge.statistics.views import View
 from jaxmerge.tree import Params, is_float, named_leaves
 
 
-def plan(apply: Callable[..., Any], params: Params, batch: Any) -> Plan:
+def plan(
+    apply: Callable[..., Any],
+    params: Params,
+    batch: Any,
+    mask: tuple[int, ...] | None = None,
+) -> Plan:
     """Plans what can be measured in `apply(params, batch)`.
 
     Args:
         apply: a function that JAX can trace.
         params: a pytree of arrays, tracers or `jax.ShapeDtypeStruct`s, and
         batch: another one.
+        mask: the shape of the mask of tokens that count, (examples, tokens).
     """
     closed, results = jax.make_jaxpr(apply, return_shape=True)(params, batch)
     body = jaxprs.body_of(closed)
@@ -45,7 +51,7 @@ def plan(apply: Callable[..., Any], params: Params, batch: Any) -> Plan:
         for path in leaves
     ]
     tags += [new_data(variable) for variable in body.jaxpr.invars[len(tags) :]]
-    record = Record(shapes)
+    record = Record(shapes, mask)
     _walk(record, body, tags)
     dtypes = {path: str(leaves[path].dtype) for path in shapes}
     return record.plan(body, jax.tree.structure(results), dtypes)
@@ -128,6 +134,9 @@ def _combine(record: Record, at: At) -> list[Tag]:
     if all(tag is CONSTANT for tag in at.tags):
         return [CONSTANT for _ in at.eqn.outvars]
     leaves = [n for n, tag in enumerate(at.tags) if isinstance(tag, View)]
+    if len(leaves) == 1 and (scale := _number(at, *leaves)) is not None:
+        view = view_of(at.tags[leaves[0]])
+        return [view._replace(scale=scale * view.scale)]
     if len(at.tags) == 2 and len(leaves) == 1 and CONSTANT in at.tags:
         (operand,) = leaves
         view = views.broadcast(view_of(at.tags[operand]), at.shape)
@@ -139,6 +148,18 @@ def _combine(record: Record, at: At) -> list[Tag]:
             if isinstance(found, Scaled):
                 return [found]
     return [Mixed(_blame(at, at.tags))] * len(at.eqn.outvars)
+
+
+def _number(at: At, leaf: int) -> float | None:
+    """What an equation multiplies a leaf with, if that is written out in the jaxpr."""
+    if at.primitive == "neg":
+        return -1.0
+    if at.primitive not in FACTORS or not jaxprs.is_literal(at.eqn.invars[1 - leaf]):
+        return None
+    number = float(at.eqn.invars[1 - leaf].val)
+    if at.primitive == "mul":
+        return number
+    return 1 / number if leaf == 0 and number else None
 
 
 def _scan(record: Record, at: At) -> list[Tag]:

@@ -5,7 +5,7 @@ statistics of two shards of data add up: `a + b`.
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +116,7 @@ class Statistics:
         return {site.path: site.input for site in self.sites if site.input is not None}
 
     def __add__(self, other: "Statistics") -> "Statistics":
-        """The statistics of both shards of data together.
+        """The statistics of both shards of data together, summed in float32.
 
         Raises:
             ValueError: statistics of different models, or of different kinds.
@@ -131,4 +131,9 @@ class Statistics:
                 "The statistics are not of the same kinds; collect both with the same "
                 "`what`."
             )
-        return jax.tree.map(jnp.add, self, other)
+        # In bfloat16, a sum soon stands still.
+        return jax.tree.map(lambda a, b: jnp.float32(0) + a + b, self, other)
+
+    def __radd__(self, other: Any) -> "Statistics":
+        """Itself, after the zero that `sum` starts from."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxmerge.matrices import MatrixAxes
+from jaxmerge.statistics import jaxprs
 
 
 class Factor(NamedTuple):
@@ -45,19 +46,21 @@ class Level(NamedTuple):
 
 
 class View(NamedTuple):
-    """A leaf, rearranged but otherwise as it is.
+    """A leaf, rearranged and times a number, but otherwise as it is.
 
     Attributes:
         leaf: the path of the leaf.
         shape: the shape of the view.
         axes: the factors of each of its axes; none where values repeat along the axis.
         levels: the axes along which scans run outside, outermost first.
+        scale: the number.
     """
 
     leaf: str
     shape: tuple[int, ...]
     axes: tuple[tuple[Factor, ...], ...]
     levels: tuple[Level, ...] = ()
+    scale: float = 1.0
 
     def repeats(self, axis: int) -> bool:
         """Whether values repeat along an axis."""
@@ -92,27 +95,13 @@ class Matrices(NamedTuple):
     outputs: Layout
 
 
-REARRANGING = frozenset(
-    {
-        "broadcast_in_dim",
-        "convert_element_type",
-        "copy",
-        "copy_p",
-        "layout_constraint",
-        "mesh_cast",
-        "name",
-        "optimization_barrier",
-        "pvary",
-        "reduce_precision",
-        "reshape",
-        "reshard",
-        "sharding_constraint",
-        "squeeze",
-        "stop_gradient",
-        "tile",
-        "transpose",
-    }
-)
+REARRANGING = jaxprs.SAME | {
+    "broadcast_in_dim",
+    "reshape",
+    "squeeze",
+    "tile",
+    "transpose",
+}
 """Primitives that keep values, but for rounding, and at most arrange them anew."""
 
 
@@ -216,7 +205,7 @@ def slice_of_scan(view: View, loop: tuple[int, ...]) -> View:
     levels = view.levels
     if view.axes[0]:
         levels = (*levels, Level(loop, view.shape[0], view.axes[0]))
-    return View(view.leaf, view.shape[1:], view.axes[1:], levels)
+    return view._replace(shape=view.shape[1:], axes=view.axes[1:], levels=levels)
 
 
 def matrices_of(

@@ -67,7 +67,8 @@ def visit_calls(
 ) -> Sums:
     """Runs `apply(base, batch)`, and visits the calls of submodules on the way.
 
-    Calls inside of branches, while loops and `jax.shard_map` are not seen.
+    Calls inside of branches, while loops and `jax.shard_map` cannot be answered; of
+    those, the declared ones are visited all the same, for their `problem`.
 
     Args:
         apply: a function that JAX can trace.
@@ -169,7 +170,8 @@ def _matching(method: str, pattern: str, paths: Iterable[str]) -> list[str]:
     raise ValueError(
         f"{method}: no submodule has a path that {pattern!r} matches. Those found are: "
         f"{known}. Parts of plain functions must be declared with jaxmerge.submodule, "
-        "and `apply` must give modules the leaves of the tree as they are."
+        "`apply` must give modules the leaves of the tree as they are, and must not "
+        "call them inside of branches, while loops or jax.shard_map."
     )
 
 
@@ -219,6 +221,9 @@ def _walk(
             results, inner = _scan(eqn, operands, visit, level)
         else:
             results, inner = _bind(body.jaxpr, eqn, operands), {}
+            for mark in filter(None, map(mark_of, jaxprs.inside(eqn))):
+                if mark.name:
+                    visit(_impossible(mark.name, _HIDDEN))
         for key, answer in inner.items():
             earlier = sums.get(key)
             sums[key] = (
@@ -248,7 +253,7 @@ def _call(body: Body, operands: Sequence[_Value], mark: Mark) -> Call | None:
         if index >= start and value.parameter is not None
     }
     if not own:
-        return None
+        return _impossible(mark.name, _COMPUTED) if mark.name else None
     path = mark.name
     if path is None:
         path = statistics.mode(
@@ -257,10 +262,7 @@ def _call(body: Body, operands: Sequence[_Value], mark: Mark) -> Call | None:
         )
     problem = None
     if any(value.varies and value.parameter is None for value in operands[start:]):
-        problem = (
-            "gets parameters that are computed from leaves of the tree; it needs the "
-            "leaves as they are, or cast to another dtype"
-        )
+        problem = _COMPUTED
     if len({leaf.loops for leaf in own.values()}) > 1:
         problem = (
             "is in a scan over some of its leaves, while others have no axis of layers"
@@ -284,6 +286,18 @@ def _call(body: Body, operands: Sequence[_Value], mark: Mark) -> Call | None:
         run=run,
         outputs=mark.outputs,
     )
+
+
+_COMPUTED = (
+    "gets parameters that are computed from leaves of the tree, or are parts of them; "
+    "it needs the leaves as they are, or cast to another dtype"
+)
+_HIDDEN = "is called inside of a branch, a while loop or jax.shard_map"
+
+
+def _impossible(path: str, problem: str) -> Call:
+    """A call of which nothing but a problem is known."""
+    return Call(path, {}, [], (), problem, run=lambda _: [], outputs=0)
 
 
 def _scan(
@@ -328,27 +342,20 @@ def _slice(value: _Value, array: Array, models: Sequence[Array], level: int) -> 
     return _Value(array, leaf, value.varies)
 
 
-_SAME = frozenset(
-    {
-        "convert_element_type",
-        "copy",
-        "copy_p",
-        "layout_constraint",
-        "mesh_cast",
-        "name",
-        "reduce_precision",
-        "reshard",
-        "sharding_constraint",
-    }
-)
-"""Primitives after which a parameter is still that parameter."""
-
-
 def _bind(jaxpr: Any, eqn: Equation, operands: Sequence[_Value]) -> list[_Value]:
-    results = jaxprs.bind(jaxpr, eqn, [value.array for value in operands])
-    leaf = operands[0].parameter if eqn.primitive.name in _SAME else None
-    if leaf is not None:
-        models = [jaxprs.bind(jaxpr, eqn, [array])[0] for array in leaf.models]
-        leaf = leaf._replace(models=models)
+    arrays = [value.array for value in operands]
+    results = jaxprs.bind(jaxpr, eqn, arrays)
     varies = any(value.varies for value in operands)
-    return [_Value(result, leaf, varies) for result in results]
+    if eqn.primitive.name not in jaxprs.SAME:
+        return [_Value(result, varies=varies) for result in results]
+
+    def same(n: int, version: Array) -> Array:
+        return jaxprs.bind(jaxpr, eqn, [*arrays[:n], version, *arrays[n + 1 :]])[n]
+
+    values = []
+    for n, (value, result) in enumerate(zip(operands, results, strict=True)):
+        leaf = value.parameter
+        if leaf is not None:
+            leaf = leaf._replace(models=[same(n, version) for version in leaf.models])
+        values.append(_Value(result, leaf, value.varies))
+    return values

@@ -164,9 +164,10 @@ def submodule_coefficients(
 
     Args:
         apply: `apply(params, batch)` runs the model, in the mode in which it is used.
-            Modules of linen and nnx are found while JAX traces it; parts of plain
-            functions must be declared with `jaxmerge.submodule`. Modules that are
-            called inside of branches, while loops and `jax.shard_map` are not found.
+            Modules of linen and nnx are found while JAX traces it, by calls of their
+            public methods, which count together; parts of plain functions must be
+            declared with `jaxmerge.submodule`. Modules that are called inside of
+            branches, while loops and `jax.shard_map` are not found.
         base: $\theta_0$, the shared starting point, a pytree of arrays of any shape.
         models: $\theta_k$, pytrees with the structure and shapes of `base`.
         samples: for each model, examples of its task without labels: a batch, any

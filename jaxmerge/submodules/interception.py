@@ -2,12 +2,14 @@
 
 A marked call is that of a jitted function whose name says what is called. Names survive
 what JAX does to functions, so that the calls inside of jit, vmap, checkpoints and scans
-are found as well. The modules of flax are marked as they are; parts of plain functions
-are where they were declared with `submodule`.
+are found as well. The modules of flax are marked as they are, wherever one of their
+public methods is called; parts of plain functions are where they were declared with
+`submodule`.
 """
 
 import contextlib
 import contextvars
+import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +17,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import linen, nnx
-from flax.errors import FlaxError
 from jax import Array
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend import core
@@ -129,8 +130,8 @@ def _linen_interceptor() -> Callable[..., Any]:
 
     def intercept(next_fun, args, kwargs, context) -> Any:
         nonlocal marking
-        module = context.module
-        if context.method_name != "__call__" or module.scope is None:
+        module, method = context.module, context.method_name
+        if not _is_entry(method) or module.scope is None:
             return next_fun(*args, **kwargs)
         if marking:  # This is the call that `run` makes of the module itself.
             marking = False
@@ -147,13 +148,18 @@ def _linen_interceptor() -> Callable[..., Any]:
             nonlocal marking
             marking = True
             bound = {**state, "params": params}
-            result = unbound.apply(bound, *args, rngs=rngs, mutable=mutable, **kwargs)
-            return (result, {}) if mutable is False else result
+            result = unbound.apply(
+                bound, *args, rngs=rngs, mutable=mutable, method=method, **kwargs
+            )
+            output, updates = (result, {}) if mutable is False else result
+            _check_method(method, output)
+            return output, updates
 
         try:
             output, updates = _mark(run, variables["params"])
-        except FlaxError:
-            # It does not stand alone: it calls modules that belong to others, say.
+        except Exception:
+            # It does not stand alone, as it calls modules that belong to others, say;
+            # what is wrong otherwise is so below.
             marking = False
             return next_fun(*args, **kwargs)
         for collection in updates.keys() - {"params"}:
@@ -167,18 +173,31 @@ def _linen_interceptor() -> Callable[..., Any]:
 @contextlib.contextmanager
 def _nnx_patched() -> Iterator[None]:
     """Has the modules of nnx, which know no interceptors, mark their calls."""
-    originals = {
-        cls: vars(cls)["__call__"]
+    originals = [
+        (cls, name, method)
         for cls in _subclasses(nnx.Module)
-        if "__call__" in vars(cls)
-    }
-    for cls, original in originals.items():
-        cls.__call__ = _marking(original)  # type: ignore[attr-defined]
+        for name, method in vars(cls).items()
+        if _is_entry(name) and (name == "__call__" or inspect.isfunction(method))
+    ]
+    for cls, name, method in originals:
+        setattr(cls, name, _marking(name, method))
     try:
         yield
     finally:
-        for cls, original in originals.items():
-            cls.__call__ = original  # type: ignore[attr-defined]
+        for cls, name, method in originals:
+            setattr(cls, name, method)
+
+
+def _is_entry(method: str) -> bool:
+    """Whether a method is one by which others use a module."""
+    return method == "__call__" or not (method.startswith("_") or method == "setup")
+
+
+def _check_method(method: str, output: Any) -> None:
+    """Raises an error if a method tells about a module, and does not apply it."""
+    leaves = jax.tree.leaves(output)
+    if method != "__call__" and not all(isinstance(x, jax.Array) for x in leaves):
+        raise TypeError("A method returns more than arrays.")
 
 
 def _subclasses(cls: type) -> set[type]:
@@ -186,7 +205,7 @@ def _subclasses(cls: type) -> set[type]:
     return set(direct).union(*(_subclasses(sub) for sub in direct))
 
 
-def _marking(original: Any) -> Callable[..., Any]:
+def _marking(method: str, original: Any) -> Callable[..., Any]:
     def call(module: nnx.Module, *args: Any, **kwargs: Any) -> Any:
         def plain(module: nnx.Module) -> Any:
             return original.__get__(module, type(module))(*args, **kwargs)
@@ -203,11 +222,14 @@ def _marking(original: Any) -> Callable[..., Any]:
         def run(params: Params) -> tuple[Any, Any]:
             copy = nnx.merge(graph, params, state, copy=True)
             output = plain(copy)
+            _check_method(method, output)
+            if method != "__call__" and nnx.graphdef(copy) != graph:
+                raise TypeError("A method changes more than the values of a module.")
             return output, nnx.state(copy, nnx.All(nnx.Not(nnx.Param), changed))
 
         try:
             output, updates = _mark(run, params)
-        except FlaxError:
+        except Exception:  # As above.
             return plain(module)
         nnx.update(module, updates)
         return output

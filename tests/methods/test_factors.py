@@ -121,12 +121,25 @@ def test_what_does_not_fit_is_refused():
     adapters, inputs = random_adapters("right"), random_inputs()
     known = random_statistics(adapters, inputs)
     nothing = [statistics_of({"kernel": jnp.zeros((INPUTS, OUTPUTS))})] * 3
+    elsewhere = [
+        statistics_of({"other/kernel": np.eye(3)}, {"other/kernel": np.eye(3)})
+    ] * 3
+    wide = {"kernel": jnp.zeros((INPUTS + 1, OUTPUTS))}
+    wider = statistics_of(wide, {"kernel": np.ones((30, INPUTS + 1))})
     narrow = {"kernel": LowRank(jnp.ones((OUTPUTS, 1)), jnp.ones((1, INPUTS)))}
     for trees, statistics, options, message in [
         ([], [], {}, "^lorm: adapters is empty; give a list"),
         (adapters[0], known, {}, "^lorm: adapters is a dict; give a list"),
-        (adapters, known[:2], {}, "there are 2 statistics for 3 adapters"),
-        (adapters, nothing, {}, r"statistics\[0\] has no gram of leaf 'kernel'"),
+        (adapters, known[:2], {}, "there are 2 statistics for 3 models"),
+        (adapters, [None] * 3, {}, r"^lorm: statistics\[0\] is a NoneType; collect"),
+        (adapters, nothing, {}, r"^lorm: statistics\[0\] has no gram; collect"),
+        (adapters, elsewhere, {}, r"statistics\[0\] has no gram of leaf 'kernel'"),
+        (
+            adapters,
+            [*known[:2], wider],
+            {},
+            r"statistics\[2\] is of another model .* \(10, 6\), where .* \(9, 6\)",
+        ),
         (adapters, known, {"shared": "left"}, r"left factor .* in adapters\[1\] is an"),
         (adapters, known, {"shared": "A"}, "shared is 'A'; it must be one of"),
         ([*adapters[:2], narrow], known, {}, r"adapters\[2\] has not the leaves and"),
@@ -134,3 +147,18 @@ def test_what_does_not_fit_is_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             jm.lorm(trees, statistics, **options)
+
+
+def test_few_tokens_and_negative_weights_are_told():
+    adapters, inputs = random_adapters("left"), random_inputs()
+    few = random_statistics(adapters, inputs[:, :2])
+    message = "^lorm: .* too few tokens, .* 6 for the 9 inputs of 'kernel'"
+    with pytest.warns(UserWarning, match=message) as told:
+        jm.lorm(adapters, few, shared="left")
+    assert [warning.filename for warning in told] == [__file__]
+    known = random_statistics(adapters, inputs)
+    with pytest.warns(UserWarning, match="^lorm: .* not positive definite: kernel"):
+        jm.lorm(adapters, known, shared="left", weights=[1, -2, 0.5])
+    # Two directions of the factor that is shared need no more tokens.
+    adapters = random_adapters("right")
+    jm.lorm(adapters, random_statistics(adapters, inputs[:, :2]))

@@ -1,6 +1,7 @@
 """Methods that solve linear systems, against dense solutions in float64."""
 
 import re
+import warnings
 from typing import NamedTuple
 
 import jax
@@ -316,6 +317,42 @@ def test_too_few_samples_are_told():
     assert np.abs(got["kernel"]).max() < 5 * spread
 
 
+def warned(call):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        call()
+    assert all(one.filename == __file__ for one in told)
+    return [str(one.message) for one in told]
+
+
+def test_each_warning_comes_once_and_from_where_the_merge_is_called():
+    known = arguments(random_tasks(tokens=3))
+    for call, method in [
+        (lambda: jm.regmean(*known), "regmean"),
+        (lambda: jm.mats(*known), "mats"),
+        (lambda: jm.mats(*known, init="regmean"), "mats"),
+        (lambda: jm.mats(*known, metric="identity", init="regmean"), "mats"),
+    ]:
+        (message,) = warned(call)
+        assert message.startswith(f"{method}: the second moments are of too few tok")
+    assert not warned(lambda: jm.matching_objective(*known, known[0][0]))
+    known = arguments(random_tasks())
+    negative = {"weights": [1, -2, 0.5], "init": "regmean"}
+    (message,) = warned(lambda: jm.mats(*known, **negative))
+    assert message.startswith("mats: the systems of these leaves are not positive def")
+
+
+def test_too_few_samples_of_outputs_and_of_vectors_are_told():
+    known = arguments(random_tasks(inputs=4, tokens=2))
+    (message,) = warned(lambda: jm.mats(*known, metric="kronecker"))
+    assert "6 for the 8 outputs of 'kernel'" in message
+    models = [{"bias": jnp.ones(12)}] * 2
+    blocks = {"bias": np.eye(12)}
+    statistics = [statistics_of(m, fisher_block=blocks, examples=5) for m in models]
+    (message,) = warned(lambda: jm.mats(models, statistics, metric="fisher_block"))
+    assert "too few examples, in all tasks together 10 for the 12 entries" in message
+
+
 @pytest.mark.filterwarnings("ignore:.*too few tokens")
 def test_regmean_of_dependent_inputs_is_that_of_float64():
     tasks = random_tasks(inputs=64, tokens=15)
@@ -463,6 +500,80 @@ def test_indefinite_systems_are_told_by_leaf(method):
     assert np.isfinite(got).all()
 
 
+def two_tasks():
+    """With inputs of several sizes, and Fisher information."""
+    draw = np.random.default_rng(0)
+    tasks = [
+        Task(t.weight, t.inputs * draw.uniform(0.3, 3, 12), t.gradients)
+        for t in random_tasks(2)
+    ]
+    models, _ = arguments(tasks)
+    statistics = [
+        statistics_of(
+            model,
+            {"kernel": task.inputs},
+            {"kernel": task.gradients},
+            fisher={"kernel": draw.uniform(0.5, 2, (12, 8))},
+        )
+        for model, task in zip(models, tasks, strict=True)
+    ]
+    return models, statistics
+
+
+@pytest.mark.filterwarnings("ignore:.*not positive definite")
+@pytest.mark.parametrize("precondition", PRECONDITIONS)
+@pytest.mark.parametrize("weights", [[1, -100], [-1, -1], [1, -0.99]])
+@pytest.mark.parametrize("metric", ["gram", "kronecker", "fisher"])
+def test_a_negative_diagonal_is_told_before_any_step(metric, weights, precondition):
+    if metric == "fisher" and precondition == "kronecker":
+        precondition = "jacobi"  # There are no factors.
+    models, statistics = two_tasks()
+    start = jax.tree.map(lambda x: x + 1, models[0])
+    got, info = jm.mats(
+        models,
+        statistics,
+        metric=metric,
+        weights=weights,
+        precondition=precondition,
+        init=start,
+        info=True,
+    )
+    assert info["kernel"].indefinite
+    assert info["kernel"].steps == 0
+    np.testing.assert_array_equal(got["kernel"], start["kernel"])
+
+
+@pytest.mark.parametrize("precondition", PRECONDITIONS)
+def test_weights_that_leave_a_minimum_may_be_negative(precondition):
+    tasks = random_tasks(2)
+    want = by_grams(tasks, [tasks[0].gram, -0.01 * tasks[1].gram])
+    options = {"weights": [1, -0.01], "precondition": precondition, **TIGHT}
+    got, info = told(jm.mats, tasks, **options)
+    assert not info.indefinite
+    close(got, want, rtol=1e-4)
+
+
+@pytest.mark.parametrize("precondition", PRECONDITIONS)
+def test_differences_that_no_curvature_sees_need_no_steps(precondition):
+    tasks = random_tasks(2)
+    # As of softmax, whose outputs are the same for logits that all grow alike.
+    tasks = [
+        t._replace(gradients=t.gradients - t.gradients.mean(1, keepdims=True))
+        for t in tasks
+    ]
+    models, statistics = arguments(tasks)
+    models = [models[0], {"kernel": models[0]["kernel"] + 0.1}]
+    options = {"metric": "kronecker", "precondition": precondition, "ridge": 1e-4}
+    got, info = jm.mats(models, statistics, info=True, **options)
+    assert (info["kernel"].steps, info["kernel"].residual) == (0, 0)
+    close(got["kernel"], models[0]["kernel"] + 0.05, rtol=1e-6)
+    # A difference that is seen, however little, is not taken for rounding.
+    models[1]["kernel"] += 1e-3 * tasks[1].weight
+    _, info = jm.mats(models, statistics, info=True, **options)
+    assert info["kernel"].steps > 0
+    assert info["kernel"].residual < 1e-3
+
+
 @pytest.mark.parametrize("normalize", ["count", "none"])
 def test_more_data_of_a_task_weigh_more_if_asked(normalize):
     tasks = random_tasks()
@@ -551,6 +662,47 @@ def test_an_embedding_is_a_weight_with_one_hot_inputs():
     ]
     want = jm.regmean(lookups, one_hot, **EXACT)["kernel"]
     np.testing.assert_allclose(used, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("normalize", ["count", "none", "trace"])
+@pytest.mark.parametrize("method", [jm.mats, jm.regmean])
+def test_look_ups_of_tied_embeddings_count_beside_their_inputs(method, normalize):
+    def apply(params, tokens):
+        features = jnp.tanh(params["embedding"][tokens])
+        return features @ params["embedding"].T @ params["head"]
+
+    draw = np.random.default_rng(0)
+    models = [
+        {
+            "embedding": draw.standard_normal((5, 3)),
+            "head": draw.standard_normal((5, 2)),
+        }
+        for _ in range(2)
+    ]
+    models = jax.tree.map(jnp.float32, models)
+    data = [draw.choice(5, 30, p=p) for p in ([0.4, 0.4, 0.1, 0.1, 0], [0.2] * 5)]
+    statistics = [
+        collect(apply, model, [tokens])
+        for model, tokens in zip(models, data, strict=True)
+    ]
+    options = TIGHT if method is jm.mats else EXACT
+    options = options | {"normalize": normalize}
+    got = method(models, statistics, others="diagonal", **options)
+    left, right = 0, 0
+    for model, tokens in zip(models, data, strict=True):
+        rows = np.float64(model["embedding"])
+        features = np.tanh(rows)[tokens]
+        counts = np.bincount(tokens, minlength=5)
+        # One system for each row, of what reads it and of what looks it up.
+        own = features.T @ features + counts[:, None, None] * np.eye(3)
+        if normalize == "trace":
+            own /= np.trace(own, axis1=1, axis2=2).mean() / 3
+        left, right = left + own, right + np.einsum("vij,vj->vi", own, rows)
+    want = np.linalg.solve(left, right[..., None])[..., 0]
+    close(got["embedding"], want, rtol=2e-5)
+    plain = method(models, statistics, **options)
+    np.testing.assert_array_equal(got["head"], plain["head"])
+    assert np.abs(plain["embedding"] - want).max() > 1e-2
 
 
 def test_weights_without_a_factor_are_averaged():
@@ -692,6 +844,36 @@ def test_statistics_that_do_not_fit_are_refused():
     )
 
 
+def test_leaves_that_are_too_large_are_named():
+    params = {"kernel": jnp.ones((20, 3))}
+    apply = lambda params, x: x @ params["kernel"]  # noqa: E731
+    known = collect(apply, params, [jnp.ones((9, 20))], max_size=10)
+    message = (
+        r"^regmean: statistics\[0\] has no gram: of leaf 'kernel', it would have 20 "
+        r"rows, more than max_size=10\.$"
+    )
+    refused(message, jm.regmean, models=[params], statistics=[known])
+
+
+def test_numbers_that_are_no_jax_arrays():
+    draw = np.random.default_rng(0).standard_normal
+    models = [{"kernel": draw((4, 3)), "scale": 0.5 + i} for i in range(2)]
+    apply = lambda params, x: x @ params["kernel"] * params["scale"]  # noqa: E731
+    batch = [np.float32(draw((9, 4)))]
+    kinds = ("gram", "fisher")
+    known = [collect(apply, model, batch, what=kinds) for model in models]
+    arrays = jax.tree.map(jnp.float32, models)
+    for method, options in [
+        (jm.regmean, {"others": "diagonal"}),
+        (jm.mats, {}),
+        (jm.mats, {"metric": "fisher"}),
+        (jm.fisher_average, {}),
+    ]:
+        got = method(models, known, **options)
+        want = method(arrays, known, **options)
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
 def test_options_that_do_not_fit_are_refused():
     refused("^mats: metric is 'hessian'; it must be one of", metric="hessian")
     refused("^mats: stop is 'never'", stop="never")
@@ -712,6 +894,10 @@ def test_options_that_do_not_fit_are_refused():
         metric="identity",
         precondition="kronecker",
     )
+    refused("^mats: rtol has no effect without stop='rel", stop="steps", rtol=0.5)
+    for option in ({"normalize": "trace"}, {"others": "diagonal"}):
+        name = next(iter(option))
+        refused(f"^mats: {name} has no effect without a", metric="identity", **option)
     refused("^mats: others is 'base'", others="base")
     refused("^regmean: normalize is 'sum'", jm.regmean, normalize="sum")
     refused("^regmean: ridge is -1", jm.regmean, ridge=-1.0)
@@ -754,6 +940,35 @@ def test_statistics_of_a_model():
         )
         assert set(least) == {"query", "key", "out"}
         assert all(least[path] < 0.999 * more[path] for path in least)
+
+
+def test_kronecker_factors_of_a_model_are_matched_best_by_mats():
+    def apply(params, x):
+        return jnp.tanh(x @ params["up"]) @ params["head"]
+
+    draw = np.random.default_rng(0).standard_normal
+    shapes = {"up": (6, 8), "head": (8, 4)}
+    models = [
+        {path: jnp.float32(draw(shape)) for path, shape in shapes.items()}
+        for _ in range(3)
+    ]
+    kinds = ("gram", "output_gradient", "fisher")
+    statistics = [
+        collect(apply, m, [np.float32(draw((40, 6)) * spread)], what=kinds)
+        for m, spread in zip(models, np.abs(draw((3, 6))), strict=True)
+    ]
+    best = jm.mats(models, statistics, metric="kronecker", **TIGHT)
+    others = [
+        jm.regmean(models, statistics, **EXACT),
+        jm.fisher_average(models, statistics),
+        jm.average(models),
+    ]
+    least, *more = (
+        jm.matching_objective(models, statistics, params, metric="kronecker")
+        for params in (best, *others)
+    )
+    for objective in more:
+        assert all(least[path] < 0.98 * objective[path] for path in shapes)
 
 
 def test_a_part_of_a_model_goes_with_statistics_of_the_whole():

@@ -267,7 +267,47 @@ def test_options_are_checked_before_work(params, options, message):
         collect(mlp, params, [task()], **options)
 
 
+def test_draws_take_any_integer(params):
+    drawn = [
+        collect(mlp, params, [task()], what="fisher", labels="sample", key=key)
+        for key in (3, np.int64(3), jnp.int32(3))
+    ]
+    assert jax.tree.all(jax.tree.map(np.array_equal, *drawn[:2]))
+    assert jax.tree.all(jax.tree.map(np.array_equal, *drawn[1:]))
+
+
+def test_double_precision():
+    with jax.enable_x64(True):
+        x, params = normal(0, 5, 4), {"w": normal(1, 4, 3)}
+        x, params = np.float64(x), jax.tree.map(np.float64, params)
+        options = {"what": ("gram", "output_gradient", "fisher")}
+        found = collect(lambda p, x: x @ p["w"], params, [x], **options)
+        drawn = collect(
+            lambda p, x: x @ p["w"], params, [x], labels="sample", key=0, **options
+        )
+    assert found.fisher["w"].dtype == found.gram["w"].dtype == jnp.float32
+    assert drawn.fisher["w"].dtype == jnp.float32
+    close(found.gram["w"], gram(x))
+    chance = jax.nn.softmax(x @ params["w"])
+    expected = sum(np.diag(c) - np.outer(c, c) for c in np.float64(chance))
+    close(found.output_gradient["w"], expected)
+
+
+def test_gradients_through_while_loops_are_refused():
+    def apply(params, x):
+        def step(state):
+            return state[0] + 1, jnp.tanh(state[1] @ params["w"])
+
+        return jax.lax.while_loop(lambda state: state[0] < 3, step, (0, x))[1]
+
+    for what in ("output_gradient", "fisher"):
+        with pytest.raises(ValueError, match=r"do not go back .* jax\.lax\.scan"):
+            collect(apply, {"w": normal(0, 4, 4)}, [normal(1, 5, 4)], what=what)
+
+
 def test_logits_are_checked_before_work(params):
+    with pytest.raises(ValueError, match=r"logits of one class.* Give two logits, or"):
+        collect(lambda p, b: mlp(p, b)[:, :1], params, [task()], what="output_gradient")
     with pytest.raises(ValueError, match=r"needs logits, one array \(5, classes\)"):
         collect(lambda p, b: mlp(p, b).mean(), params, [task()], what="fisher")
     with pytest.raises(ValueError, match=r"would take 120,000 passes back"):

@@ -113,9 +113,42 @@ def test_scale_whose_factors_part_is_unknown():
 
     with jax.numpy_rank_promotion("allow"):
         statistics = collect(apply, {"scale": jnp.ones(6)}, [normal(0, 50, 6)])
-    ((path, primitive, _),) = statistics.unknown
+    ((path, primitive, reason),) = statistics.unknown
     assert (path, primitive) == ("scale", "mul")
+    assert reason == "it enters mul, mul before it has met all its factors"
     assert not statistics.diagonal
+
+
+def test_frequencies_of_an_embedding_of_time():
+    def apply(params, time):
+        angle = time[:, None] * params["frequency"][None]
+        return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+    time = normal(0, 5)
+    statistics = collect(apply, {"frequency": normal(1, 8)}, [time])
+    assert not statistics.unknown
+    close(statistics.diagonal["frequency"], jnp.full(8, jnp.sum(time**2)))
+
+
+def test_numbers_that_leaves_are_multiplied_with_belong_to_the_input():
+    def apply(params, x):
+        x = x @ (-params["negative"]) + 3.0 * params["bias"][None]
+        x = x @ (params["half"].T * 0.5) + x @ params["whole"]
+        return jax.lax.scan(lambda x, w: (x @ (w / 4), None), x, 2 * params["layers"])
+
+    params = {name: normal(i, 4, 4) for i, name in enumerate(["negative", "half"])}
+    params |= {"whole": jnp.eye(4), "layers": normal(2, 3, 4, 4), "bias": normal(3, 4)}
+    x = normal(4, 6, 4)
+    statistics = collect(apply, params, [x])
+    assert not statistics.unknown
+    close(statistics.gram["negative"], gram(x))
+    x = x @ -params["negative"] + 3 * params["bias"][None]
+    close(statistics.gram[statistics.inputs["half"]], gram(0.5 * x))
+    close(statistics.gram[statistics.inputs["whole"]], gram(x))
+    np.testing.assert_array_equal(statistics.diagonal["bias"], np.full(4, 6 * 9.0))
+    x = x @ params["half"].T * 0.5 + x
+    close(statistics.gram["layers"][0], gram(x / 2))
+    assert statistics.tokens["layers"].tolist() == [6, 6, 6]
 
 
 class Block(nn.Module):
@@ -521,15 +554,3 @@ def test_half_precision_is_summed_in_float32():
     close(statistics.gram["w"], gram(x), rtol=4e-3)
     exact = collect(lambda p, x: x @ p["w"].astype(jnp.bfloat16), params, [x])
     close(exact.gram["w"], gram(x), rtol=1e-6)
-
-
-def test_wide_inputs_are_multiplied_in_parts():
-    def apply(params, x):
-        return jnp.einsum("etk,ekn->etn", x, params["kernel"])
-
-    x = normal(1, 2, 5, 2048).at[:, 3].set(0)
-    statistics = collect(apply, {"kernel": jnp.zeros((2, 2048, 1))}, [x])
-    got = statistics.gram["kernel"]
-    want = np.einsum("eti,etj->eij", x, x, dtype=np.float64)
-    close(got, want)
-    np.testing.assert_array_equal(got, np.swapaxes(got, -2, -1))

@@ -1,7 +1,8 @@
 """Statistics on disk and back, and sums of statistics."""
 
 import dataclasses
-import json
+import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,15 @@ import numpy as np
 import pytest
 from hooks import normal
 
+import jaxmerge
 from jaxmerge.checkpoints import CheckpointError
-from jaxmerge.statistics import Unknown, collect, load_statistics, save_statistics
+from jaxmerge.statistics import (
+    Unknown,
+    collect,
+    load_statistics,
+    read_provenance,
+    save_statistics,
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +47,11 @@ def test_round_trip(tmp_path, statistics):
     assert loaded.gram["a/b.weight"].dtype == jnp.bfloat16
     assert loaded.unknown == (Unknown("lost", "none", "no data meets it"),)
     assert loaded.axes == statistics.axes
-    header = json.loads((tmp_path / "saved" / "statistics.json").read_text())
-    assert header["provenance"].items() >= {"model": "a", "examples": [1, 2]}.items()
+    assert read_provenance(tmp_path / "saved") == {
+        "model": "a",
+        "examples": [1, 2],
+        "jaxmerge": jaxmerge.__version__,
+    }
     assert (loaded + statistics).examples == 10
 
 
@@ -68,3 +79,17 @@ def test_sums_need_the_same_model_and_kinds(statistics):
         statistics + dataclasses.replace(statistics, sites=statistics.sites[1:])
     with pytest.raises(ValueError, match="not of the same kinds"):
         statistics + dataclasses.replace(statistics, gram={})
+
+
+def test_sums_are_in_float32(statistics):
+    assert statistics.gram["a/b.weight"].dtype == jnp.bfloat16
+    shards = [statistics] * 600
+    for total in (sum(shards), functools.reduce(operator.add, shards)):
+        assert total.tokens["a/b.weight"][0] == 600 * 5
+        for got, part in zip(*map(jax.tree.leaves, (total, statistics)), strict=True):
+            assert got.dtype == jnp.float32
+            np.testing.assert_allclose(got, 600 * np.float32(part), rtol=1e-4)
+    loaded = jax.tree.map(np.asarray, statistics)
+    np.testing.assert_array_equal((loaded + statistics).examples, 10)
+    with pytest.raises(TypeError):
+        1 + statistics

@@ -1,6 +1,7 @@
 """Batches, masks, groups, meshes: what is the same however the data comes."""
 
 import contextlib
+import dataclasses
 import functools
 
 import chex
@@ -12,7 +13,7 @@ from hooks import close, gram, integers, normal
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxmerge.statistics import collect
+from jaxmerge.statistics import Unknown, collect
 
 PARAMS = {
     "embed": normal(0, 7, 4),
@@ -103,13 +104,99 @@ def test_mask_on_tokens_in_one_axis():
     assert statistics.tokens["w"] == 3
 
 
+def recurrent(params, batch):
+    """A recurrent network, which gives the scores of tokens and those of examples."""
+
+    def step(h, x):
+        h = jnp.tanh(h @ params["again"] + x)
+        return h, h
+
+    x = params["embed"][batch["tokens"]]
+    start = jnp.zeros((len(x), 4))
+    _, h = jax.lax.scan(step, start, jnp.swapaxes(x, 0, 1))
+    h = jnp.swapaxes(h, 0, 1)
+    return h @ params["head"], h.mean(1) @ params["pooled"] + params["bias"][None]
+
+
+RECURRENT = SMALL | {
+    "again": normal(6, 4, 4),
+    "pooled": normal(7, 4, 6),
+    "bias": normal(8, 6),
+}
+
+
+def test_weights_whose_tokens_the_mask_does_not_know_are_unknown():
+    batch = batch_of(5)
+    statistics = collect(recurrent, RECURRENT, [batch], mask="mask")
+    assert statistics.unknown == (
+        Unknown("again", "dot_general", "the mask fits none of its axes"),
+    )
+    assert "again" not in statistics.tokens
+    assert statistics.tokens["head"] == np.sum(batch["mask"])
+    assert np.sum(statistics.diagonal["embed"][:, 0]) == np.sum(batch["mask"])
+    # Each example is one token of what is pooled; there are as many outputs as tokens.
+    assert statistics.tokens["pooled"] == 5
+    assert statistics.diagonal["bias"].tolist() == [5.0] * 6
+
+
+def test_examples_that_fill_up_a_batch_do_not_count():
+    batch, mask = batch_of(5), np.array([1, 1, 1, 0, 0])
+    padded = batch | {"mask": mask}
+    cut = {"tokens": batch["tokens"][:3]}
+    options = {"labels": "sample", "key": 0, "what": ("gram", "output_gradient")}
+
+    def scores(params, batch):
+        return recurrent(params, batch)[1]
+
+    found = collect(scores, RECURRENT, [padded], mask="mask", **options)
+    expected = collect(scores, RECURRENT, [cut], **options)
+    assert_alike(dataclasses.replace(found, examples=expected.examples), expected)
+    pooled = batch | {"mask": np.repeat(mask[:, None], 6, axis=1)}
+    assert collect(scores, RECURRENT, [pooled], mask="mask").tokens["pooled"] == 3
+
+
+def test_masks_must_fit_logits():
+    with pytest.raises(ValueError, match=r"does not fit logits of shape \(5, 3, 3\)"):
+        collect(
+            lambda p, b: apply_small(p, b)[:, 1:4],
+            SMALL,
+            [batch_of(5)],
+            mask="mask",
+            what="fisher",
+        )
+
+
+def test_batches_that_use_other_leaves_are_refused():
+    def whole_or_part(params, tokens):
+        place = params["place"]
+        place = place if tokens.shape[1] == 6 else place[: tokens.shape[1]]
+        return params["embed"][tokens] @ params["head"] + place[None]
+
+    params = SMALL | {"place": normal(0, 6, 3)}
+    batches = [batch_of(2)["tokens"], batch_of(2, length=4)["tokens"]]
+    message = r"shapes \[\(2, 4\)\], the model uses leaf 'place' in another way"
+    with pytest.raises(ValueError, match=message):
+        collect(whole_or_part, params, batches)
+
+
+def test_functions_that_have_no_hash():
+    class Model:
+        __hash__ = None  # as that of a dataclass that is not frozen
+
+        def __call__(self, params, batch):
+            return apply_small(params, batch)
+
+    with pytest.raises(ValueError, match="apply is a Model, which Python cannot hash"):
+        collect(Model(), SMALL, [batch_of(2)])
+
+
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
         (lambda b: b["mask"].T, r"mask has shape \(6, 5\) in a batch of 5 examples"),
         (
             lambda b: b["mask"][:, 1:],
-            r"no weight has tokens of the mask's shape \(5, 5",
+            r"no use of a leaf has tokens of the mask's shape \(5, 5\)",
         ),
     ],
 )
@@ -149,6 +236,7 @@ def test_groups_need_batches_that_can_be_iterated_again():
     [
         ([], "batches is empty"),
         (batch_of(2), "looks like a single batch"),
+        ([batch_of(2), batch_of(0)], "a batch has no examples"),
         ([batch_of(2) | {"step": 1}], r"shapes .*; all must have the examples along"),
     ],
 )

@@ -119,7 +119,15 @@ def two_weights(p, x):
 
 
 def scaled_weight(p, x):
-    return x @ (p["w"] * 3.0)
+    return x @ (p["w"] * jnp.arange(4.0)[None])
+
+
+def expert_per_token_of_many(p, x):
+    return jnp.einsum("ti,tio->to", x, 3 * p["layers"][jnp.argmax(x, -1) % 3])
+
+
+def contracted_before_its_factors(p, x):
+    return jnp.sum(x[:, :, None] * p["w"][None], 1)
 
 
 def quantised(p, x):
@@ -152,7 +160,9 @@ LEAVES = {
         (shard_map, "w", "shard_map", "no rule"),
         (parts, "w", "slice", "a part of it is taken"),
         (expert_by_index, "layers", "dynamic_slice", "no rule"),
-        (expert_per_token, "layers", "dot_general", "looked up"),
+        (expert_per_token, "layers", "gather", "matrices of it are looked up"),
+        (expert_per_token_of_many, "layers", "gather", "matrices of it are looked up"),
+        (contracted_before_its_factors, "w", "mul", "it enters reduce_sum before"),
         (unused, "w", "none", "no data meets it"),
         (initial_state, "a", "slice", "a part"),
         (loop_condition, "w", "while", "decides when the loop ends"),

@@ -22,6 +22,7 @@ from networks import (
     of_nnx,
     plain,
     plain_scan,
+    random,
     solve,
     stacked,
     vmapped,
@@ -219,6 +220,143 @@ def test_modules_may_hold_modules_of_others():
     np.testing.assert_allclose([*found.values()], 1, rtol=1e-6)
 
 
+class LinenEncoder(nn.Module):
+    def setup(self):
+        self.up = nn.Dense(WIDTH)
+
+    def encode(self, x):
+        return self.up(x)
+
+    def number(self):
+        return 1
+
+    def __call__(self, x):
+        for _ in range(self.number()):
+            x = self.encode(x)
+        return x
+
+
+class LinenTied(nn.Module):
+    def setup(self):
+        self.embed = nn.Embed(7, WIDTH)
+        self.encoder = LinenEncoder()
+
+    def __call__(self, tokens):
+        encoder = self.encoder
+        x = self.embed(tokens)
+        x = encoder.encode(x) + encoder(jnp.sin(x))
+        return self.embed.attend(jnp.tanh(x))
+
+
+class NnxEncoder(nnx.Module):
+    def __init__(self, rngs):
+        self.up = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+        self.calls = 0
+
+    def encode(self, x):
+        return self.up(x)
+
+    def count(self):
+        self.calls += 1
+
+    def __call__(self, x):
+        return self.encode(x)
+
+
+class NnxTied(nnx.Module):
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(7, WIDTH, rngs=rngs)
+        self.encoder = NnxEncoder(rngs)
+
+    def __call__(self, tokens):
+        encoder = self.encoder
+        x = self.embed(tokens)
+        x = encoder.encode(x) + encoder(jnp.sin(x))
+        encoder.count()
+        assert encoder.calls == 1
+        return self.embed.attend(jnp.tanh(x))
+
+
+class LinenHelper(nn.Module):
+    """A method that only works inside of another one."""
+
+    @nn.compact
+    def __call__(self, x):
+        return self.help(x)
+
+    def help(self, x):
+        bias = self.param("bias", nn.initializers.zeros, (WIDTH,))
+        return nn.Dense(WIDTH)(x) + bias[None]
+
+
+def test_methods_that_do_not_stand_alone():
+    params = LinenHelper().init(jax.random.key(0), SAMPLES[0])["params"]
+    model = jax.tree.map(lambda leaf: leaf + 0.1, params)
+    found = submodule_coefficients(
+        lambda p, x: LinenHelper().apply({"params": p}, x),
+        params,
+        [model],
+        [SAMPLES[0]],
+        submodules="Dense_0",
+    )
+    np.testing.assert_allclose(found["Dense_0"], [1], rtol=1e-6)
+
+
+def linen_tied(params, tokens):
+    return LinenTied().apply({"params": params}, tokens)
+
+
+TIED = nnx.split(nnx.eval_shape(lambda: NnxTied(nnx.Rngs(0))))[0]
+
+
+def nnx_tied(params, tokens):
+    return nnx.merge(TIED, params)(tokens)
+
+
+def declared_tied(params, tokens):
+    look_up = submodule("embed", lambda p, t: p["embedding"][t])
+    attend = submodule("embed", lambda p, x: x @ p["embedding"].T)
+    encode = submodule("encoder", lambda p, x: dense(p["up"], x))
+    x = look_up(params["embed"], tokens)
+    x = encode(params["encoder"], x) + encode(params["encoder"], jnp.sin(x))
+    return attend(params["embed"], jnp.tanh(x))
+
+
+@pytest.mark.parametrize("apply", [linen_tied, nnx_tied])
+@pytest.mark.parametrize("path", ["embed", "encoder"])
+def test_modules_are_used_by_any_method(apply, path):
+    tokens = [np.arange(7), np.array([1, 2, 2])]
+    base, *models = (
+        {
+            "embed": {"embedding": random(7, WIDTH, seed=seed)},
+            "encoder": {
+                "up": {
+                    "kernel": random(WIDTH, WIDTH, seed=seed + 1),
+                    "bias": random(WIDTH, seed=seed + 2),
+                }
+            },
+        }
+        for seed in (0, 10, 20)
+    )
+    got, want = (
+        submodule_coefficients(f, base, models, tokens, submodules=path)[path]
+        for f in (apply, declared_tied)
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-4)
+
+
+def test_parameters_that_are_handed_on_are_still_leaves():
+    def apply(params, x):
+        x, own = jax.lax.optimization_barrier((x, params["head"]))
+        return submodule("head", dense)(jax.lax.stop_gradient(own), x)
+
+    got, want = (
+        submodule_coefficients(f, BASE, MODELS, SAMPLES, submodules="head")["head"]
+        for f in (apply, lambda p, x: submodule("head", dense)(p["head"], x))
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-4)
+
+
 class NnxStateful(nnx.Module):
     def __init__(self, rngs):
         self.block = NnxBlock(rngs)
@@ -288,6 +426,26 @@ def partly_opaque(params, x):
     return submodule("head", dense)(own, x)
 
 
+def all_opaque(params, x):
+    own = jax.tree.map(lambda leaf: 2 * leaf, params["head"])
+    return submodule("head", dense)(own, x)
+
+
+def sliced(params, x):
+    layers = jax.tree.map(lambda *leaves: jnp.stack(leaves), params, params)
+    return submodule("head", dense)(jax.tree.map(lambda x: x[0], layers)["head"], x)
+
+
+def in_a_branch(params, x):
+    head = submodule("head", dense)
+    return jax.lax.cond(
+        jnp.sum(x) > 0,
+        lambda x: jax.jit(head)(params["head"], x),
+        lambda x: head(params["head"], 2 * x),
+        x,
+    )
+
+
 def partly_stacked(params, x):
     def step(x, kernel):
         own = {"kernel": kernel, "bias": params["head"]["bias"]}
@@ -314,6 +472,9 @@ def same_name(params, x):
         (plain, "(", r"'\(' is no valid regular expression"),
         (opaque, "head", "Those found are: none"),
         (partly_opaque, "head", "'head' gets parameters that are computed from leaves"),
+        (all_opaque, "head", "'head' gets parameters that are computed from leaves"),
+        (sliced, "head", "'head' gets parameters that are .* or are parts of them"),
+        (in_a_branch, "head", "'head' is called inside of a branch"),
         (same_name, "block", "'block' is the name of several"),
         (partly_stacked, "block", "'block' is in a scan over some of its leaves"),
         (
