@@ -8,7 +8,7 @@ the arrays live on.
 
 import functools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -94,10 +94,45 @@ def measure_leaves(
     Returns:
         The results by path.
     """
+    return _read_leaves(kernel, models, options, method, base, choices, shaped=False)
+
+
+def map_leaves(
+    kernel: Kernel,
+    models: Sequence[Params],
+    options: Callable[[Leaf], dict[str, Any]],
+    *,
+    method: str,
+    base: Params = ABSENT,
+    **choices: Any,
+) -> dict[str, Any]:
+    """What else can be made of the leaves of models, entry by entry: masks, say.
+
+    Args:
+        kernel: as for `merge_leaves`, except that it returns arrays in the shape of the
+            leaf, in any structure and of any dtype.
+
+    Returns:
+        The results by path, in the shardings of the leaves.
+    """
+    return _read_leaves(kernel, models, options, method, base, choices, shaped=True)
+
+
+def _read_leaves(
+    kernel: Kernel,
+    models: Sequence[Params],
+    options: Callable[[Leaf], dict[str, Any]],
+    method: str,
+    base: Params,
+    choices: dict[str, Any],
+    shaped: bool,
+) -> dict[str, Any]:
     calls = _leaf_calls(models, options, method, base)
     static = {"kernel": kernel, "choices": tuple(sorted(choices.items()))}
     return {
-        path: _measure_leaf(call.base, call.models, call.numbers, **static)
+        path: _read_leaf(
+            call.base, call.models, call.numbers, call.target, shaped=shaped, **static
+        )
         for path, call in calls.items()
     }
 
@@ -116,14 +151,56 @@ def check_models(method: str, base: Params, models: Sequence[Params]) -> None:
         raise ValueError(f"{method}: needs at least one model.")
     if base is None:
         raise ValueError(f"{method}: needs a base, the start of all models, not None.")
-    names = [f"models[{i}]" for i in range(len(models))]
+    trees = {f"models[{i}]": model for i, model in enumerate(models)}
+    check_trees(method, trees if base is ABSENT else {"base": base} | trees)
+
+
+def check_trees(method: str, trees: Mapping[str, Params]) -> None:
+    """Checks that named trees are like the first one.
+
+    Raises:
+        ValueError: they are not; the message starts with `method`.
+    """
+    first, *others = trees.values()
     try:
-        if base is ABSENT:
-            check_alike(models[0], models[1:], names=names)
-        else:
-            check_alike(base, models, names=["base", *names])
+        check_alike(first, others, names=list(trees))
     except ValueError as error:
         raise ValueError(f"{method}: {error}") from None
+
+
+def arrays_beside(
+    method: str, base: Params, trees: Mapping[str, Params], dtype: Any
+) -> dict[str, list[Any]]:
+    """The leaves of trees that say something of every entry: masks, or task vectors.
+
+    Args:
+        method: the caller's name, for messages.
+        base: the tree that they were made for.
+        trees: by name; they have empty arrays where `base` holds no floats.
+        dtype: bool, or a floating-point dtype that stands for all of them.
+
+    Returns:
+        By leaf path of `base`, those of all trees, on the devices of the leaf.
+
+    Raises:
+        ValueError: trees that do not fit.
+    """
+    leaves = named_leaves(base)
+    shapes = {p: np.shape(x) if is_float(x) else (0,) for p, x in leaves.items()}
+    like = {p: jax.ShapeDtypeStruct(shape, dtype) for p, shape in shapes.items()}
+    check_trees(method, {"base": rebuild(base, like), **trees})
+    arrays = {name: named_leaves(tree) for name, tree in trees.items()}
+    for name, tree in arrays.items():
+        for path, array in tree.items():
+            found = jnp.result_type(array)
+            if dtype is bool and found != jnp.bool_:
+                raise ValueError(
+                    f"{method}: {name} leaf {path!r} is {found}, not bool."
+                )
+    return {
+        path: [sharding.join(tree[path], leaf) for tree in arrays.values()]
+        for path, leaf in leaves.items()
+    }
 
 
 class _Call(NamedTuple):
@@ -161,7 +238,7 @@ def _leaf_calls(
         if not is_float(like):
             continue
         leaf = Leaf(method, path, np.shape(like), len(models))
-        leaf = leaf._replace(units=_units(leaf, stack_axes, rows))
+        leaf = leaf._replace(units=units_of(leaf, stack_axes, rows))
         calls[path] = _Call(
             base=None if base is ABSENT else like,
             models=[sharding.join(model[path], like) for model in by_model],
@@ -173,7 +250,10 @@ def _leaf_calls(
     return calls
 
 
-def _units(leaf: Leaf, stack_axes: PerLeaf, rows: Rows | None) -> tuple[int, ...]:
+def units_of(
+    leaf: Leaf, stack_axes: PerLeaf, rows: Rows | None = None
+) -> tuple[int, ...]:
+    """The axes of a leaf along which independent parts lie."""
     within = f"[0, {len(leaf.shape)}]"
     stacked = per_leaf(leaf, "stack_axes", stack_axes, within, static=True)
     if stacked != int(stacked):
@@ -220,13 +300,20 @@ def _merge_leaf(base, models, keys, numbers, units, target, *, kernel, choices):
     return sharding.keep(merged, target)
 
 
-@functools.partial(jax.jit, static_argnames=("kernel", "choices"))
-def _measure_leaf(base, models, numbers, *, kernel, choices):
-    def measure(base, models, numbers):
-        arrays = _arrays(base, models, wide(models[0].dtype))
+@functools.partial(
+    jax.jit, static_argnums=3, static_argnames=("shaped", "kernel", "choices")
+)
+def _read_leaf(base, models, numbers, target, *, shaped, kernel, choices):
+    like = models[0] if base is None else base
+
+    def read(base, models, numbers):
+        arrays = _arrays(base, models, wide(like.dtype))
         return kernel(arrays, **numbers, **dict(choices))
 
-    return sharding.auto(measure, like=jnp.zeros(()))(base, models, numbers)
+    if not shaped:
+        return sharding.auto(read, like=jnp.zeros(()))(base, models, numbers)
+    results = sharding.auto(read, like=like)(base, models, numbers)
+    return jax.tree.map(lambda x: sharding.keep(x, target), results)
 
 
 def wide(dtype: Any) -> Any:

@@ -29,9 +29,13 @@ class Count(NamedTuple):
     def __add__(self, other: "Count") -> "Count":  # type: ignore[override]
         return _carry(self.high + other.high, self.low + other.low)
 
-    def share(self, density: Array | float) -> "Count":
+    def as_float(self) -> Array:
+        """The number in float32."""
+        return self.high * float(1 << LOW_BITS) + self.low
+
+    def share(self, density: Array | float, least: int = 0) -> "Count":
         """`density` times the number, rounded down; a share in [0, 1], in float32."""
-        number = jnp.floor(density * (self.high * float(1 << LOW_BITS) + self.low))
+        number = jnp.maximum(least, jnp.floor(density * self.as_float()))
         high = jnp.floor(number / (1 << LOW_BITS))
         low = number - high * (1 << LOW_BITS)
         return Count(high.astype(jnp.uint32), low.astype(jnp.uint32))
@@ -102,18 +106,53 @@ def kth_magnitude(tree: Any, k: int | Count) -> Array:
         >>> kth_magnitude(jnp.array([1.0, -4.0, 2.0]), 2).item()
         2.0
     """
+    leaves = _in_one_dtype(tree)
+    bits = [magnitude_bits(leaf) for leaf in leaves]
+    found = _kth_bits("kth_magnitude", bits, k, bits[0].dtype.itemsize * 8 - 1)
+    return jax.lax.bitcast_convert_type(found, leaves[0].dtype)
+
+
+def kth_largest(tree: Any, k: int | Count) -> Array:
+    """The k-th largest entry among all leaves of `tree`, signs counted; exactly.
+
+    One counting pass more than `kth_magnitude`, and else as that.
+
+    Example:
+        >>> kth_largest(jnp.array([1.0, -4.0, 2.0]), 2).item()
+        1.0
+    """
+    leaves = _in_one_dtype(tree)
+    bits = [_ordered_bits(leaf) for leaf in leaves]
+    width = bits[0].dtype.itemsize * 8
+    found = _kth_bits("kth_largest", bits, k, width)
+    sign = jnp.ones_like(found) << (width - 1)
+    found = jnp.where(found >= sign, found ^ sign, ~found)
+    return jax.lax.bitcast_convert_type(found, leaves[0].dtype)
+
+
+def _in_one_dtype(tree: Any) -> list[Array]:
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
-    if not isinstance(k, Count):
-        size = sum(leaf.size for leaf in leaves)
-        if not 1 <= k <= size:
-            raise ValueError(f"kth_magnitude: k is {k}, the tree has {size} entries.")
-        k = Count.of(int(k))
     dtype = jnp.result_type(*leaves)
-    bits = [magnitude_bits(leaf.astype(dtype)) for leaf in leaves]
-    magnitude_width = bits[0].dtype.itemsize * 8 - 1
+    return [leaf.astype(dtype) for leaf in leaves]
+
+
+def _ordered_bits(x: Array) -> Array:
+    """Unsigned integers that sort as the numbers do, the negative ones below."""
+    magnitudes = magnitude_bits(x)
+    sign = jnp.ones((), magnitudes.dtype) << (magnitudes.dtype.itemsize * 8 - 1)
+    return jnp.where(jnp.signbit(x), ~(magnitudes | sign), magnitudes | sign)
+
+
+def _kth_bits(caller: str, bits: list[Array], k: int | Count, width: int) -> Array:
+    """The k-th largest of all integers below `2**width`."""
+    if not isinstance(k, Count):
+        size = sum(b.size for b in bits)
+        if not 1 <= k <= size:
+            raise ValueError(f"{caller}: k is {k}, the tree has {size} entries.")
+        k = Count.of(int(k))
 
     def settle_bit(i: Array, found: Array) -> Array:
-        shift = (magnitude_width - 1 - i).astype(found.dtype)
+        shift = (width - 1 - i).astype(found.dtype)
         candidate = found | (jnp.ones_like(found) << shift)
         counts = [count(b >= candidate) for b in bits]
         total = counts[0]
@@ -122,8 +161,7 @@ def kth_magnitude(tree: Any, k: int | Count) -> Array:
         return jnp.where(total >= k, candidate, found)
 
     start = jnp.zeros((), bits[0].dtype)
-    found = jax.lax.fori_loop(0, magnitude_width, settle_bit, start)
-    return jax.lax.bitcast_convert_type(found, dtype)
+    return jax.lax.fori_loop(0, width, settle_bit, start)
 
 
 def entries(density: float, size: int, *, rounding: str = "floor") -> int:

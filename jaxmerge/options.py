@@ -155,7 +155,7 @@ def without_effect(
     Raises:
         ValueError: it was not; the message says what it `needs` to have an effect.
     """
-    if isinstance(value, Tracer) or value != default:
+    if isinstance(value, Tracer) or np.any(value != default):
         raise ValueError(
             f"{method}: {name} has no effect without {needs}; leave {name} out, or "
             f"set {needs}."

@@ -92,7 +92,15 @@ class Method(NamedTuple):
     @property
     def options(self) -> dict[str, Parameter]:
         """The parameters that a recipe sets."""
-        filled_in = ("key", "names", "info", "base_statistics")
+        filled_in = (
+            "key",
+            "names",
+            "info",
+            "base_statistics",
+            "masks",
+            "origin",
+            "sensitivity",
+        )
         return {n: p for n, p in self.parameters.items() if n not in filled_in}
 
     def bind(
@@ -185,6 +193,7 @@ _SYMBOLS = {
     "rho": "ρ",
     "epsilon": "ε",
     "sum": "Σ",
+    "le": "≤",
 }
 
 
@@ -192,8 +201,9 @@ def _plain(text: str) -> str:
     """Formulas as a terminal can show them."""
     text = re.sub(r"\\hat\\?", r"\\", text)
     for name, symbol in _SYMBOLS.items():
-        text = text.replace(f"\\{name}", symbol)
-    return text.replace("$", "")
+        text = re.sub(rf"\\{name}(?![a-z])", symbol, text)
+    text = text.replace(r"\|", "‖").replace("$", "")
+    return re.sub(r"\\(?=[a-z])", "", text)  # Names of functions.
 
 
 def markdown_table() -> str:

@@ -11,12 +11,21 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmerge import numerics
-from jaxmerge.numerics import Count, count, entries, kth_magnitude, norm, safe_divide
+from jaxmerge.numerics import (
+    Count,
+    count,
+    entries,
+    kth_largest,
+    kth_magnitude,
+    norm,
+    safe_divide,
+)
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 properties = settings(deadline=None, max_examples=50)
 
 _kth = jax.jit(kth_magnitude)
+_kth_largest = jax.jit(kth_largest)
 
 
 def sorted_magnitudes(*arrays):
@@ -43,6 +52,21 @@ def test_kth_magnitude_of_any_float32(x):
     # Subnormals included: XLA may flush them in arithmetic, but not in bit patterns.
     for k in (1, 7, 20):
         assert float(_kth(x, Count.of(k))) == sorted_magnitudes(x)[k - 1]
+
+
+@properties
+@given(hnp.arrays(np.float32, 20, elements=st.floats(width=32, allow_nan=False)))
+def test_kth_largest_of_any_float32(x):
+    for k in (1, 7, 20):
+        assert float(_kth_largest(x, Count.of(k))) == np.sort(x)[::-1][k - 1]
+
+
+def test_kth_largest_of_a_tree_ranks_all_leaves_together():
+    tree = {"a": jnp.array([-4.0, 3], jnp.bfloat16), "b": jnp.array([[-0.0, -jnp.inf]])}
+    ranked = [float(kth_largest(tree, k)) for k in range(1, 5)]
+    assert ranked == [3, 0, -4, -np.inf]
+    with pytest.raises(ValueError, match="kth_largest: k is 5, the tree has 4 entries"):
+        kth_largest(tree, 5)
 
 
 def test_kth_magnitude_counts_ties_one_by_one():

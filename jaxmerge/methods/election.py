@@ -4,7 +4,8 @@ The steps that TIES introduced and that DARE, DELLA and breadcrumbs reuse.
 """
 
 import functools
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
@@ -87,7 +88,7 @@ def merge_elected(
     """
     sums = votes(deltas, weights, election)
     if election.tie == "majority" and majority is None:
-        majority = majority_sign(sign_counts(sums))
+        majority = majority_sign([sign_counts(sums)])
     by_tie = {"drop": 0, "positive": 1, "negative": -1, "majority": majority}
     signs = jnp.where(sums == 0, by_tie[election.tie], jnp.sign(sums))
 
@@ -137,9 +138,17 @@ def sign_counts(sums: Array) -> tuple[Count, Count]:
     return count(sums > 0), count(sums < 0)
 
 
-def majority_sign(counts: tuple[Count, Count]) -> Array:
-    """1 if more entries are positive than negative, else -1."""
-    positive, negative = counts
+def majority_sign(counts: Iterable[tuple[Count, Count]]) -> Array:
+    """1 if more entries, of all that were counted, are positive than negative, else -1.
+
+    Args:
+        counts: as `sign_counts` returns them, of each part.
+    """
+    none = (Count.of(0), Count.of(0))
+    positive, negative = (
+        functools.reduce(operator.add, parts)
+        for parts in zip(none, *counts, strict=True)
+    )
     return jnp.where(negative >= positive, -1, 1)
 
 

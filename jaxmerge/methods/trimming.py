@@ -5,9 +5,8 @@ arXiv:2306.01708.
 Davari and Belilovsky, "Model Breadcrumbs", ECCV 2024, arXiv:2312.06795.
 """
 
-import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -116,40 +115,105 @@ def ties(
     choice("ties", "rounding", rounding, (None, "floor", "floor_plus_one"))
     choice("ties", "rescale", rescale, (None, "l1"))
     election = Election(vote, tie, aggregate, divisor).checked("ties")
-    check_models("ties", base, models)
-    thresholds = None
-    if scope == "model":
-        without_effect("ties", "stack_axes", stack_axes, 0, "scope='leaf'")
-        thresholds = _model_thresholds(
-            base, models, density, rounding or "floor_plus_one"
-        )
+    trimming = trimmed_election(
+        "ties",
+        base,
+        models,
+        election,
+        density=density,
+        weights=weights,
+        scope=scope,
+        rounding=rounding,
+        rescale=rescale,
+        stack_axes=stack_axes,
+    )
 
     def options(leaf: Leaf) -> dict:
-        numbers: dict[str, Any] = {"weights": per_model(leaf, "weights", weights)}
-        if thresholds is not None:
-            return numbers | {"thresholds": thresholds}
+        return trimming(leaf) | {"scale": per_leaf(leaf, "scale", scale)}
+
+    return merge_leaves(
+        _ties,
+        models,
+        options,
+        method="ties",
+        base=base,
+        stack_axes=stack_axes,
+        election=election,
+        rescale=rescale,
+    )
+
+
+def trimmed_election(
+    method: str,
+    base: Params,
+    models: Sequence[Params],
+    election: Election,
+    *,
+    density: PerModel,
+    weights: PerModel = 1.0,
+    scope: Literal["leaf", "model"] = "leaf",
+    rounding: Literal["floor", "floor_plus_one"] | None = None,
+    rescale: Literal["l1"] | None = None,
+    stack_axes: PerLeaf = 0,
+) -> Callable[[Leaf], dict[str, Any]]:
+    """What `merge_trimmed` takes for a leaf; with `scope="model"`, it is measured here.
+
+    Args:
+        method: the caller's name, for messages; the rest is as in `ties`.
+    """
+    cut = cutoffs(
+        method,
+        base,
+        models,
+        density=density,
+        scope=scope,
+        rounding=rounding,
+        stack_axes=stack_axes,
+    )
+
+    def options(leaf: Leaf) -> dict[str, Any]:
+        return cut(leaf) | {"weights": per_model(leaf, "weights", weights)}
+
+    if scope == "leaf" or election.tie != "majority":
+        return options
+    counts = measure_leaves(
+        _trimmed_sign_counts,
+        models,
+        options,
+        method=method,
+        base=base,
+        election=election,
+        rescale=rescale,
+    )
+    majority = majority_sign(counts.values())
+    return lambda leaf: options(leaf) | {"majority": majority}
+
+
+def cutoffs(
+    method: str,
+    base: Params,
+    models: Sequence[Params],
+    *,
+    density: PerModel,
+    scope: Literal["leaf", "model"] = "leaf",
+    rounding: Literal["floor", "floor_plus_one"] | None = None,
+    stack_axes: PerLeaf = 0,
+) -> Callable[[Leaf], dict[str, Any]]:
+    """What `trim_all` takes for a leaf; with `scope="model"`, it is measured here."""
+    check_models(method, base, models)
+    if scope == "model":
+        without_effect(method, "stack_axes", stack_axes, 0, "scope='leaf'")
+        thresholds = _model_thresholds(
+            method, base, models, density, rounding or "floor_plus_one"
+        )
+        return lambda leaf: {"thresholds": thresholds}
+
+    def options(leaf: Leaf) -> dict[str, Any]:
         shares = per_model(leaf, "density", density, "(0, 1]", static=True)
         keep = [_kept(share, leaf.size, rounding or "floor") for share in shares]
-        return numbers | {"keep": keep}
+        return {"keep": keep}
 
-    common: dict[str, Any] = {
-        "base": base,
-        "method": "ties",
-        "election": election,
-        "rescale": rescale,
-    }
-    majority = None
-    if scope == "model" and tie == "majority":
-        counts = measure_leaves(_trimmed_sign_counts, models, options, **common)
-        majority = majority_sign(
-            functools.reduce(_add_counts, counts.values(), _NO_SIGNS)
-        )
-
-    def all_options(leaf: Leaf) -> dict:
-        own = {"scale": per_leaf(leaf, "scale", scale), "majority": majority}
-        return options(leaf) | own
-
-    return merge_leaves(_ties, models, all_options, stack_axes=stack_axes, **common)
+    return options
 
 
 def trim(delta: Array, keep: Count | None, threshold: Array | None = None) -> Array:
@@ -169,14 +233,18 @@ def _kept(density: float, size: int, rounding: str) -> Count | None:
 
 
 def _model_thresholds(
-    base: Params, models: Sequence[Params], density: PerModel, rounding: str
+    method: str,
+    base: Params,
+    models: Sequence[Params],
+    density: PerModel,
+    rounding: str,
 ) -> list[Array]:
     if isinstance(density, Mapping):
         raise ValueError(
-            "ties: density has rules by leaf, but scope='model' ranks all leaves "
+            f"{method}: density has rules by leaf, but scope='model' ranks all leaves "
             "together; give one number, or one per model."
         )
-    whole = Leaf("ties", "(all)", (), len(models))
+    whole = Leaf(method, "(all)", (), len(models))
     shares = per_model(whole, "density", density, "(0, 1]", static=True)
     thresholds = []
     for share, model in zip(shares, models, strict=True):
@@ -190,12 +258,13 @@ def _model_thresholds(
 _kth_magnitude = jax.jit(kth_magnitude)
 
 
-def _trim_all(
+def trim_all(
     deltas: Sequence[Array],
-    keep: Sequence | None,
-    thresholds: Sequence | None,
-    rescale: Any,
+    keep: Sequence | None = None,
+    thresholds: Sequence | None = None,
+    rescale: Any = None,
 ) -> list[Array]:
+    """Trims each task vector of a leaf, and scales it back if told so."""
     nothing = [None] * len(deltas)
     cuts = zip(deltas, keep or nothing, thresholds or nothing, strict=True)
     trimmed = [trim(delta, count, threshold) for delta, count, threshold in cuts]
@@ -212,30 +281,27 @@ def _trimmed_sign_counts(
     rescale: Any,
     election: Election,
 ) -> tuple[Count, Count]:
-    trimmed = _trim_all(deltas, None, thresholds, rescale)
+    trimmed = trim_all(deltas, None, thresholds, rescale)
     return sign_counts(votes(trimmed, weights, election))
 
 
-_NO_SIGNS = (Count.of(0), Count.of(0))
-
-
-def _add_counts(a: tuple[Count, Count], b: tuple[Count, Count]) -> tuple[Count, Count]:
-    return a[0] + b[0], a[1] + b[1]
-
-
-def _ties(
+def merge_trimmed(
     deltas: Sequence[Array],
     *,
     weights: Sequence,
-    scale: Array,
-    rescale: Any,
     election: Election,
+    rescale: Any = None,
     keep: Sequence | None = None,
     thresholds: Sequence | None = None,
     majority: Array | None = None,
 ) -> Array:
-    trimmed = _trim_all(deltas, keep, thresholds, rescale)
-    return scale * merge_elected(trimmed, weights, election, majority)
+    """Trims the task vectors of one leaf and combines the entries that agree."""
+    trimmed = trim_all(deltas, keep, thresholds, rescale)
+    return merge_elected(trimmed, weights, election, majority)
+
+
+def _ties(deltas: Sequence[Array], *, scale: Array, **trimming: Any) -> Array:
+    return scale * merge_trimmed(deltas, **trimming)
 
 
 @register(
