@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from jaxmerge.analysis import compare
     from jaxmerge.calibration import calibrate, subspace_boost
     from jaxmerge.checkpoints import load, load_adapter, open_checkpoint, save
+    from jaxmerge.depth import lines
     from jaxmerge.leafwise import task_vector
     from jaxmerge.linalg import map_matrices
     from jaxmerge.lowrank import LowRank, apply_adapter
@@ -16,16 +17,27 @@ if TYPE_CHECKING:
     from jaxmerge.methods.alignment import knots
     from jaxmerge.methods.arithmetic import magmax, task_arithmetic
     from jaxmerge.methods.averaging import average, model_stock
+    from jaxmerge.methods.competing import pcb, sce
     from jaxmerge.methods.drift import lot_merge
     from jaxmerge.methods.dropping import dare, della
     from jaxmerge.methods.factors import lorm
     from jaxmerge.methods.fisher import fisher_average, gradient_matching
     from jaxmerge.methods.interference import wudi
+    from jaxmerge.methods.masking import (
+        apply_mask,
+        choose_thresholds,
+        consensus,
+        tall_masks,
+    )
     from jaxmerge.methods.matching import matching_objective, mats, regmean
-    from jaxmerge.methods.spherical import slerp
+    from jaxmerge.methods.pairs import arcee_fusion, nearswap
+    from jaxmerge.methods.regions import localize_and_stitch, ram, tatr
+    from jaxmerge.methods.spherical import karcher, multislerp, nuslerp, slerp
     from jaxmerge.methods.subspaces import iso_c, iso_cts, sftm, tsv_merge
     from jaxmerge.methods.trimming import breadcrumbs, ties
     from jaxmerge.methods.truncating import cart, dc_merge, star
+    from jaxmerge.methods.unified import emr
+    from jaxmerge.overlap import mask_statistics
     from jaxmerge.recipes import Recipe, load_recipe
     from jaxmerge.sharding import place
     from jaxmerge.statistics import Statistics, collect
@@ -45,39 +57,54 @@ __all__ = [
     "Recipe",
     "Statistics",
     "apply_adapter",
+    "apply_mask",
+    "arcee_fusion",
     "average",
     "breadcrumbs",
     "calibrate",
     "cart",
+    "choose_thresholds",
     "collect",
     "compare",
+    "consensus",
     "core_space",
     "dare",
     "dc_merge",
     "della",
+    "emr",
     "fisher_average",
     "gradient_matching",
     "iso_c",
     "iso_cts",
+    "karcher",
     "knots",
+    "lines",
     "load",
     "load_adapter",
     "load_recipe",
+    "localize_and_stitch",
     "lorm",
     "lot_merge",
     "magmax",
     "map_matrices",
+    "mask_statistics",
     "matching_objective",
     "matrix_axes",
     "mats",
     "merge_checkpoints",
     "model_stock",
+    "multislerp",
+    "nearswap",
     "nonlinearity",
+    "nuslerp",
     "open_checkpoint",
+    "pcb",
     "place",
+    "ram",
     "regmean",
     "regmean_plus_plus",
     "save",
+    "sce",
     "sftm",
     "slerp",
     "star",
@@ -85,8 +112,10 @@ __all__ = [
     "submodule_coefficients",
     "submodule_merge",
     "subspace_boost",
+    "tall_masks",
     "task_arithmetic",
     "task_vector",
+    "tatr",
     "ties",
     "tsv_compress",
     "tsv_merge",
@@ -100,6 +129,7 @@ _HOMES = {
     "analysis": ["compare"],
     "calibration": ["calibrate", "subspace_boost"],
     "checkpoints": ["load", "load_adapter", "open_checkpoint", "save"],
+    "depth": ["lines"],
     "leafwise": ["task_vector"],
     "linalg": ["map_matrices"],
     "lowrank": ["LowRank", "apply_adapter"],
@@ -108,16 +138,27 @@ _HOMES = {
     "methods.alignment": ["knots"],
     "methods.arithmetic": ["magmax", "task_arithmetic"],
     "methods.averaging": ["average", "model_stock"],
+    "methods.competing": ["pcb", "sce"],
     "methods.drift": ["lot_merge"],
     "methods.dropping": ["dare", "della"],
     "methods.factors": ["lorm"],
     "methods.fisher": ["fisher_average", "gradient_matching"],
     "methods.interference": ["wudi"],
+    "methods.masking": [
+        "apply_mask",
+        "choose_thresholds",
+        "consensus",
+        "tall_masks",
+    ],
     "methods.matching": ["matching_objective", "mats", "regmean"],
-    "methods.spherical": ["slerp"],
+    "methods.pairs": ["arcee_fusion", "nearswap"],
+    "methods.regions": ["localize_and_stitch", "ram", "tatr"],
+    "methods.spherical": ["karcher", "multislerp", "nuslerp", "slerp"],
     "methods.subspaces": ["iso_c", "iso_cts", "sftm", "tsv_merge"],
     "methods.trimming": ["breadcrumbs", "ties"],
     "methods.truncating": ["cart", "dc_merge", "star"],
+    "methods.unified": ["emr"],
+    "overlap": ["mask_statistics"],
     "recipes": ["Recipe", "load_recipe"],
     "sharding": ["place"],
     "statistics": ["Statistics", "collect"],

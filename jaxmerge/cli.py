@@ -1,17 +1,22 @@
-"""The command line: `jaxmerge merge`, `methods`, `inspect`, `compare` and `demo`."""
+"""The command line: `jaxmerge merge`, `methods`, `inspect`, `store` and others."""
 
 import argparse
-import contextlib
 import csv
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
+
+from jaxmerge import store_cli
+from jaxmerge.console import (
+    CommandError,
+    print_table,
+    readable_size,
+    short_names,
+    show_progress,
+)
 
 # Commands import what they need themselves, so that `--help` does not wait for it.
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from jaxmerge.analysis import Comparison, Statistics
     from jaxmerge.checkpoints.peft_files import PeftAdapter
     from jaxmerge.registry import Method
@@ -39,13 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except OSError as error:
         return _fail(_explain(error))
-    except (RecipeError, CheckpointError, MergeError, _CommandError) as error:
+    except (RecipeError, CheckpointError, MergeError, CommandError) as error:
         return _fail(str(error))
     return 0
-
-
-class _CommandError(ValueError):
-    """A command that cannot be carried out."""
 
 
 def _fail(message: str) -> int:
@@ -90,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--csv", metavar="FILE", help="also write a row per leaf")
 
+    store_cli.add_to(commands)
+
     demo = add("demo", _demo, "Train, merge and compare small models")
     demo.add_argument("--out", metavar="DIR", default="jaxmerge-demo")
     demo.add_argument("--seed", type=int, default=0)
@@ -101,7 +104,7 @@ def _merge(arguments: argparse.Namespace) -> None:
     from jaxmerge.recipes import load_recipe
 
     recipe = load_recipe(arguments.recipe)
-    with _progress(_console()) as progress:
+    with show_progress() as progress:
         report = merge_checkpoints(recipe, arguments.out, progress=progress)
     totals = report["totals"]
     leaves = ", ".join(f"{n} {kind}" for kind, n in totals["treatments"].items())
@@ -114,44 +117,6 @@ def _merge(arguments: argparse.Namespace) -> None:
     print(f"Wrote {arguments.out} in {totals['seconds']:.1f} s.")
 
 
-@contextlib.contextmanager
-def _progress(console: "Console") -> Iterator[Callable[[int, int, str], None]]:
-    """Shows a bar on a terminal, elsewhere a line per tenth of the output."""
-    if not console.is_terminal:
-        tenth = -1
-
-        def show(done: int, total: int, name: str) -> None:
-            nonlocal tenth
-            if 10 * done // max(total, 1) > tenth:
-                tenth = 10 * done // max(total, 1)
-                print(f"{_size(done)} of {_size(total)}: {name}")
-
-        yield show
-        return
-
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    bar = Progress(
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[name]}", markup=False),
-        console=console,
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task("", name="")
-        yield lambda done, total, name: bar.update(
-            task, completed=done, total=total, name=name[-40:]
-        )
-
-
 def _methods(arguments: argparse.Namespace) -> None:
     from jaxmerge.recipe_syntax import unknown
     from jaxmerge.registry import methods
@@ -159,11 +124,11 @@ def _methods(arguments: argparse.Namespace) -> None:
     known = methods()
     if arguments.name is None:
         rows = [(m.name, m.summary, m.paper) for m in known.values()]
-        _print_table(["Method", "What it does", "Paper"], rows)
+        print_table(["Method", "What it does", "Paper"], rows)
     elif arguments.name in known:
         _describe(known[arguments.name])
     else:
-        raise _CommandError(unknown("method", arguments.name, list(known)))
+        raise CommandError(unknown("method", arguments.name, list(known)))
 
 
 def _describe(method: "Method") -> None:
@@ -185,7 +150,7 @@ def _describe(method: "Method") -> None:
         )
         for parameter in method.options.values()
     ]
-    _print_table(["Option", "Default", "Meaning"], rows)
+    print_table(["Option", "Default", "Meaning"], rows)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -199,14 +164,14 @@ def _inspect(arguments: argparse.Namespace) -> None:
         return
     checkpoint = open_checkpoint(arguments.checkpoint)
     rows = [
-        (name, str(list(info.shape)), str(info.dtype), _size(info.nbytes))
+        (name, str(list(info.shape)), str(info.dtype), readable_size(info.nbytes))
         for name, info in checkpoint.leaves.items()
     ]
-    _print_table(["Leaf", "Shape", "Dtype", "Size"], rows)
+    print_table(["Leaf", "Shape", "Dtype", "Size"], rows)
     infos = checkpoint.leaves.values()
     entries = sum(math.prod(info.shape) for info in infos)
     dtypes = ", ".join(dict.fromkeys(str(info.dtype) for info in infos))
-    size = _size(sum(info.nbytes for info in infos))
+    size = readable_size(sum(info.nbytes for info in infos))
     print(f"{len(rows)} leaves, {entries:,} entries, {size}, {dtypes}")
     print(f"Format: {_format(checkpoint.path)}")
 
@@ -220,7 +185,7 @@ def _describe_adapter(adapter: "PeftAdapter") -> None:
         (name, str(list(adapter.whole_shape(name))), "whole", "-")
         for name in adapter.whole
     ]
-    _print_table(["Leaf of the base", "Outputs, inputs", "Rank", "Scaling"], rows)
+    print_table(["Leaf of the base", "Outputs, inputs", "Rank", "Scaling"], rows)
     print(f"{len(adapter.names)} leaves changed, of the base {adapter.base_name!r}")
     print("Format: PEFT LoRA adapter, which adds scaling * B @ A")
 
@@ -235,7 +200,9 @@ def _compare(arguments: argparse.Namespace) -> None:
     from jaxmerge.analysis import compare_checkpoints
     from jaxmerge.checkpoints import open_checkpoint
 
-    paths = dict(zip(_short_names(arguments.models), arguments.models, strict=True))
+    paths = dict(
+        zip(short_names("compare", arguments.models), arguments.models, strict=True)
+    )
     base = open_checkpoint(arguments.base)
     result = compare_checkpoints(
         base, {name: open_checkpoint(path, base) for name, path in paths.items()}
@@ -247,10 +214,10 @@ def _compare(arguments: argparse.Namespace) -> None:
             names, total.norms, total.relative_norms, total.cosines, strict=True
         )
     ]
-    _print_table(["Task vector", "Norm", "Of base", *(f"cos {n}" for n in names)], rows)
+    print_table(["Task vector", "Norm", "Of base", *(f"cos {n}" for n in names)], rows)
     header = ["Layer", "Entries", *(f"norm {n}" for n in names), *_MEASURES]
     layers = [_row(layer, part) for layer, part in result.layers.items()]
-    _print_table(header, [*layers, _row("all", total)])
+    print_table(header, [*layers, _row("all", total)])
     if result.left_out:
         left_out = ", ".join(result.left_out[:10])
         more = f" and {len(result.left_out) - 10} more" if result.left_out[10:] else ""
@@ -260,16 +227,6 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 
 _MEASURES = ("mean cos", "conflicts")
-
-
-def _short_names(paths: Sequence[str]) -> list[str]:
-    """The last parts of paths; whole paths where these are not distinct."""
-    from pathlib import Path
-
-    if len(set(paths)) < len(paths):
-        raise _CommandError("compare: a model is given twice")
-    names = [Path(path).name for path in paths]
-    return names if len(set(names)) == len(names) else list(paths)
 
 
 def _row(name: str, part: "Statistics") -> list[str]:
@@ -304,33 +261,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
         run.main(arguments.out, seed=arguments.seed)
     except ModuleNotFoundError as error:
-        raise _CommandError(
+        raise CommandError(
             f"the demo needs {error.name}; install it with: "
             'pip install "jaxmerge[demo]"'
         ) from error
-
-
-def _console() -> "Console":
-    from rich.console import Console
-
-    # Where no terminal sets a width, rich would break lines at 80 characters.
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200
-    return Console(width=width, highlight=False, markup=False)
-
-
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD)
-    for title in header:
-        table.add_column(title, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    _console().print(table)
-
-
-def _size(nbytes: int) -> str:
-    from rich.filesize import decimal
-
-    return decimal(nbytes)

@@ -30,7 +30,7 @@ def checkpoints(tmp_path, monkeypatch):
         "mlp": {"kernel": draw((4, 4)), "bias": draw(4)},
         "head": {"bias": draw(2)},
     }
-    for name in ("start", "math", "code"):
+    for name in ("start", "math", "code", "law"):
         params = {
             module: {
                 leaf: np.float32(x + 0.1 * draw(x.shape)) for leaf, x in leaves.items()
@@ -58,7 +58,7 @@ def test_table_of_methods_is_that_of_the_registry():
 
 
 def test_python_examples_run(checkpoints):
-    first, second, steps, adapters, data = blocks("python")
+    first, second, steps, adapters, data, store = blocks("python")
     exec(first, {})
     assert jaxmerge.load("checkpoints/merged")["mlp"]["kernel"].shape == (4, 4)
     names: dict = {}
@@ -79,6 +79,8 @@ def test_python_examples_run(checkpoints):
     np.testing.assert_allclose(
         names["matched"]["mlp"]["kernel"], names["merged"]["mlp"]["kernel"], atol=0.1
     )
+    exec(store, names)
+    assert set(names["params"]) == {"mlp", "head"}
     exec(adapters, names)
     assert np.abs(names["merged"]["mlp.weight"] - names["base"]["mlp.weight"]).max() > 0
 
@@ -92,9 +94,10 @@ def test_recipe_and_commands_run(checkpoints, capsys):
         for line in block.splitlines()
         if line.startswith("jaxmerge ")
     ]
-    assert len(commands) == 4
+    assert len(commands) == 7
     for command in commands:
         assert main(command) == 0, command
+    assert jaxmerge.load("out")["mlp"]["kernel"].shape == (4, 4)
     merged = jaxmerge.load("merged")
     assert merged["mlp"]["kernel"].dtype == "bfloat16"
     assert "mlp/kernel" in capsys.readouterr().out

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -18,10 +19,12 @@ import yaml
 
 from jaxmerge import checkpoints
 from jaxmerge.calibration import calibrate, subspace_boost
+from jaxmerge.demo import training
 from jaxmerge.demo.experiment import Experiment, accuracies
 from jaxmerge.demo.model import ENCODER, Head, Params
 from jaxmerge.demo.tasks import Labelled
 from jaxmerge.merging import merge_checkpoints
+from jaxmerge.methods.masking import choose_thresholds
 from jaxmerge.recipes import load_recipe
 from jaxmerge.registry import Method, methods
 from jaxmerge.statistics import Statistics, collect
@@ -42,6 +45,9 @@ FOLLOWED = ("task_arithmetic", "tsv_merge")
 
 METRICS = {"mats, kronecker": ("mats", {"metric": "kronecker"})}
 """Methods of statistics that are also shown with other options."""
+
+MULTI_TASK = {"task_arithmetic": "", "ties": ", ties"}
+"""What consensus is taken of, and what that adds to the name of its row."""
 
 IMAGES = 256
 """Images per task, without labels, behind the statistics."""
@@ -83,7 +89,15 @@ def jobs(out: Path, experiment: Experiment) -> list[Job]:
         functools.partial(_merge_by_data, experiment, by_data),
         functools.partial(_merge_submodules, experiment),
         functools.partial(_merge_layers, experiment),
-        *(functools.partial(_merge, out, method, experiment) for method in by_models),
+        *(
+            functools.partial(_merge_consensus, out, experiment, multi_task)
+            for multi_task in MULTI_TASK
+        ),
+        *(
+            functools.partial(_merge, out, method, experiment)
+            for method in by_models
+            if method.name != "consensus"
+        ),
     ]
 
 
@@ -92,20 +106,52 @@ def _can_merge(method: Method, models: int) -> bool:
     return (method.max_models or models) >= models and not required
 
 
-def _merge(out: Path, method: Method, experiment: Experiment) -> list[Row]:
+def _merge(
+    out: Path,
+    method: Method,
+    experiment: Experiment,
+    options: Mapping[str, Any] = MappingProxyType({}),
+    suffix: str = "",
+) -> list[Row]:
     """Merges with the best scale, if the method has one, and with what may follow."""
-    name, start = method.name, experiment.start
+    name, start = method.name + suffix, experiment.start
+
+    def merge(**more: Any) -> Params:
+        return _merge_as_recipe(out, name, method, experiment, {**options, **more})
+
     if "scale" not in method.options:
-        return [Row(name, _merge_as_recipe(out, method, experiment, {}))]
-    whole = _merge_as_recipe(out, method, experiment, {"scale": 1.0})
-    scale = best_scale(experiment, whole)
-    merged = _merge_as_recipe(out, method, experiment, {"scale": scale})
+        return [Row(name, merge())]
+    scale = best_scale(experiment, merge(scale=1.0))
+    merged = merge(scale=scale)
     rows = [Row(name, merged, scale)]
     for step in STEPS if name in FOLLOWED else ():
         whole = STEPS[step](start, list(experiment.tuned.values()), merged)
         scale = best_scale(experiment, whole)
         rows.append(Row(f"{name}, {step}", _scale(start, whole, scale), scale))
     return rows
+
+
+def _merge_consensus(out: Path, experiment: Experiment, multi_task: str) -> list[Row]:
+    """Merges what masks agree on, whose thresholds validation images choose."""
+    options = {
+        "multi_task": multi_task,
+        "threshold": thresholds(experiment, multi_task),
+    }
+    suffix = MULTI_TASK[multi_task]
+    return _merge(out, methods()["consensus"], experiment, options, suffix)
+
+
+def thresholds(experiment: Experiment, multi_task: str) -> list[float]:
+    """The threshold of each task's TALL-mask that is best on its validation images."""
+    models, heads = list(experiment.tuned.values()), experiment.heads
+
+    def score(params: Params, task: int) -> jax.Array:
+        of_task = lambda tree: jax.tree.map(lambda x: x[task], tree)  # noqa: E731
+        images, labels = of_task(experiment.data.validation)
+        return training.accuracy(params, of_task(heads), images, labels)
+
+    chosen = choose_thresholds(experiment.start, models, score, multi_task=multi_task)
+    return chosen.values
 
 
 def _merge_by_data(experiment: Experiment, able: list[Method]) -> list[Row]:
@@ -186,10 +232,15 @@ def _scale(start: Params, merged: Params, scale: Any) -> Params:
 
 
 def _merge_as_recipe(
-    out: Path, method: Method, experiment: Experiment, options: dict[str, Any]
+    out: Path,
+    name: str,
+    method: Method,
+    experiment: Experiment,
+    options: dict[str, Any],
 ) -> Params:
     """Merges the checkpoints with a recipe file, as a user would."""
-    recipes, merged = out / "recipes", out / "merged" / method.name
+    name = name.replace(", ", "_")
+    recipes, merged = out / "recipes", out / "merged" / name
     recipes.mkdir(parents=True, exist_ok=True)
     trained = Path(os.path.relpath(experiment.trained, recipes))
     recipe: dict[str, Any] = {"method": method.name}
@@ -200,7 +251,7 @@ def _merge_as_recipe(
         recipe["options"] = options
     if method.needs_key:
         recipe["seed"] = experiment.seed
-    path = recipes / f"{method.name}.yaml"
+    path = recipes / f"{name}.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     if (merged / checkpoints.REPORT_NAME).exists():
         shutil.rmtree(merged)  # From an earlier run; it is about to be made again.

@@ -18,6 +18,7 @@ from threadpoolctl import threadpool_limits
 
 from jaxmerge.demo import merges
 from jaxmerge.demo.experiment import Experiment, train
+from jaxmerge.demo.storing import store_all
 from jaxmerge.evaluation import ResultTable
 
 
@@ -25,12 +26,12 @@ def main(out: str | os.PathLike[str], *, seed: int = 0) -> ResultTable:
     """Trains what is not there yet, merges, prints a table and writes it.
 
     Args:
-        out: directory for checkpoints, recipes, merged models, `table.md` and
-            `table.png`. Trained models found there are used again.
+        out: directory for checkpoints, recipes, merged models, `table.md`, `table.png`,
+            stores and `stored.md`. Trained models found there are used again.
         seed: fixes the split of the images, the training and random methods.
 
     Returns:
-        Accuracies on test images, which no training and no choice has seen.
+        Accuracies of merges on test images, which no training and no choice has seen.
 
     Raises:
         FileExistsError: `out` holds something else than an earlier run.
@@ -45,10 +46,13 @@ def main(out: str | os.PathLike[str], *, seed: int = 0) -> ResultTable:
     with Progress(console=console) as progress:
         models = train(out / "trained", seed, progress)
         table = _merge_all(out, models, progress)
+        stored = store_all(out, models, progress)
     (out / "table.md").write_text(table.markdown() + "\n")
+    (out / "stored.md").write_text(stored.markdown() + "\n")
     _draw(table, out / "table.png")
-    _show(console, table)
-    console.print(f"Models, recipes, table and picture are in {out}/")
+    _show(console, table, "One model for all tasks: accuracy on test images, %")
+    _show(console, stored, "A model for each task, from a store of all: the same")
+    console.print(f"Models, recipes, stores, tables and picture are in {out}/")
     return table
 
 
@@ -80,16 +84,16 @@ def _merge_all(out: Path, experiment: Experiment, progress: Progress) -> ResultT
     return ResultTable(list(experiment.tuned), individual, ranked, notes)
 
 
-def _show(console: Console, table: ResultTable) -> None:
+def _show(console: Console, table: ResultTable, title: str) -> None:
     header, *rows = table.cells()
     shown = Table(
-        title="Accuracy on test images, %",
+        title=title,
         box=box.SIMPLE_HEAD,
         padding=0,  # So that it fits into eighty columns.
         pad_edge=False,
     )
-    for i, title in enumerate(header):
-        shown.add_column(title, justify="right" if i else "left", overflow="fold")
+    for i, name in enumerate(header):
+        shown.add_column(name, justify="right" if i else "left", overflow="fold")
     for row in rows:
         shown.add_row(*row, style="dim" if row[0] in ("start", "individual") else "")
     console.print(shown)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import yaml
 
-from jaxmerge.demo import merges, run, training
+from jaxmerge.demo import merges, run, storing, training
 from jaxmerge.registry import methods
 
 pytestmark = pytest.mark.xdist_group("demo")
@@ -36,7 +36,8 @@ def test_merges_rank_as_the_literature_says(table):
 def test_every_method_that_can_merge_six_models_has_a_row(table):
     able = {method.name for method in methods().values() if method.max_models is None}
     followed = {f"{name}, {step}" for name in merges.FOLLOWED for step in merges.STEPS}
-    more = {"start", "submodule_merge", "regmean_plus_plus", *merges.METRICS}
+    more = {"start", "submodule_merge", "regmean_plus_plus", "consensus, ties"}
+    more |= set(merges.METRICS)
     assert set(table.rows) == able | followed | more
     assert table.notes["images"]["mats"] == "256"
     assert len(table.tasks) == 6
@@ -51,6 +52,22 @@ def test_table_picture_recipes_and_reports_are_written(out, table):
     assert report["totals"]["treatments"].keys() == {"merged"}
 
 
+def test_models_rebuilt_from_stores_are_nearly_as_good(out):
+    rows = {}
+    for line in (out / "stored.md").read_text().splitlines()[2:]:
+        name, *_, share, size = line.strip("| ").split(" | ")
+        rows[name] = float(share), float(size)
+    assert set(rows) == {*storing.KINDS, "individual"}
+    assert rows["tall"][0] > 97
+    assert rows["tall, ties"][0] > 98
+    assert rows["tvq"][0] > 99
+    assert all(
+        size < 0.45 * rows["individual"][1]
+        for name, (_, size) in rows.items()
+        if name != "individual"
+    )
+
+
 def test_a_second_run_trains_nothing_and_gives_the_same_table(out, table, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("trained again")
@@ -60,6 +77,8 @@ def test_a_second_run_trains_nothing_and_gives_the_same_table(out, table, monkey
     few = {name: methods()[name] for name in ("average", "dare", "ties", "tsv_merge")}
     monkeypatch.setattr(merges, "methods", lambda: few)
     monkeypatch.setattr(merges, "METRICS", {})
+    monkeypatch.setattr(merges, "MULTI_TASK", {})
+    monkeypatch.setattr(storing, "KINDS", {"emr": {}})
     again = run.main(out)
     assert {"start", *few} < set(again.rows) < set(table.rows)
     for name, row in again.rows.items():

@@ -1,0 +1,342 @@
+"""Builds a store from a base and models, leaf by leaf, and adds tasks to one."""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from jax import Array
+
+import jaxmerge
+from jaxmerge.checkpoints import Checkpoint, Writer
+from jaxmerge.compression.files import (
+    BASE_NAME,
+    LEAVES_NAME,
+    SHARED_NAME,
+    STORE_NAME,
+    TASK_NAME,
+    TASKS_NAME,
+    StoreError,
+    VectorFile,
+    as_bytes,
+    as_json,
+    check_space,
+    digest,
+    part_bytes,
+    seal,
+    whole_directory,
+)
+from jaxmerge.compression.kinds import (
+    CALLER,
+    KINDS,
+    WHOLE,
+    Options,
+    StoredLeaf,
+    checked_options,
+    in_order,
+    options_of_task,
+    plan_leaf,
+)
+from jaxmerge.compression.reading import FORMAT, layout_of, open_files
+from jaxmerge.compression.sources import (
+    Source,
+    check_sources,
+    checked_name,
+    open_source,
+)
+from jaxmerge.compression.writing import NewTask, Progress, changes, precision
+from jaxmerge.reports import in_background
+
+
+def create_store(
+    path: str | os.PathLike[str],
+    base: Source,
+    models: Mapping[str, Source],
+    *,
+    kind: str = "tall",
+    progress: Progress | None = None,
+    **options: Any,
+) -> None:
+    r"""Keeps fine-tuned models together, in little more than the space of two.
+
+    Leaf by leaf: no more than one leaf of the base and of every model is in memory.
+    Leaves that no model changes are stored once, with the base. A leaf that only some
+    tasks change takes space in these alone; others get the base's, exactly. Leaves
+    without floating-point numbers, and in `"tsv"` and `"bitdelta"` those that are no
+    matrices, are kept whole by each task that changes them.
+
+    Args:
+        path: the directory to create; it must not exist.
+        base: what all models were fine-tuned from, a checkpoint or a pytree.
+        models: by name of the task, which also names a directory.
+        kind: `"tall"` keeps $\theta_0 + m_t \odot \tau_{MTL}$ with the masks of
+            `jaxmerge.tall_masks`; `"emr"` EMR-Merging's elected vector, masks and
+            scales; `"tsv"` leading singular vectors (`jaxmerge.tsv_compress`); `"tvq"`
+            and `"bitdelta"` quantised task vectors. The vector that tasks share is
+            kept in the dtypes of the base.
+        progress: called after each leaf.
+        options: of the kind. `"tall"`: `threshold` (0.4), one number or one per task by
+            name, and `multi_task`, `"task_arithmetic"` or `"ties"`, which ranks within
+            leaves. `"tsv"`: `rank`, None for an equal share of the full one; `matrices`
+            and `stack_axes`, as in `tsv_compress`. `"tvq"`: `bits` (4), from 1 to 8,
+            and `stack_axes`. `"bitdelta"`: `matrices` and `stack_axes`.
+
+    Raises:
+        FileExistsError: `path` exists.
+        CheckpointError: a checkpoint is missing or damaged.
+        StoreError: trees that are not alike, an invalid name or option, weights that
+            are not finite, or a disk that is too small. Nothing is left behind.
+
+    Example:
+        >>> import tempfile
+        >>> from jaxmerge.compression import open_store
+        >>> base = {"w": np.zeros(4, np.float32)}
+        >>> models = {
+        ...     "math": {"w": np.array([1, 0, 3, 0], np.float32)},
+        ...     "code": {"w": np.array([0, 2, 0, 0], np.float32)},
+        ... }
+        >>> path = Path(tempfile.mkdtemp()) / "store"
+        >>> create_store(path, base, models)
+        >>> open_store(path).params("math")["w"].tolist()
+        [1.0, 0.0, 3.0, 0.0]
+    """
+    path = Path(path)
+    if os.path.lexists(path):
+        raise FileExistsError(
+            f"{path} exists already; remove it or choose another name."
+        )
+    if not isinstance(models, Mapping) or not models:
+        raise StoreError(
+            f"{CALLER}: models is {models!r:.60}; give a dict of at least one model, "
+            "each by the name of its task."
+        )
+    start = open_source(CALLER, "base", base, None)
+    sources = {
+        checked_name(CALLER, name): open_source(CALLER, f"models[{name!r}]", m, start)
+        for name, m in models.items()
+    }
+    check_sources(CALLER, start, sources)
+    with _as_store_errors(CALLER):
+        chosen = checked_options(kind, options, list(sources))
+        leaves = [
+            plan_leaf(kind, name, start.leaves[name], chosen, len(sources))
+            for name in in_order(start.leaves)
+        ]
+    check_space(path, _most_bytes(kind, chosen, leaves, len(sources)))
+
+    with whole_directory(path) as hidden, contextlib.ExitStack() as stack:
+        files = {n: _open_leaves(stack, hidden / TASKS_NAME / n) for n in sources}
+        tasks = {n: NewTask(n, options_of_task(chosen, n), f) for n, f in files.items()}
+        hashes = in_background(lambda: _hashes({"": start, **sources}))
+        sections = _write_leaves(
+            hidden, kind, leaves, start, sources, tasks, progress or _silent
+        )
+        document = seal(
+            {
+                "format": FORMAT,
+                "kind": kind,
+                "options": chosen,
+                "layouts": {
+                    leaf.name: at for leaf in leaves if (at := layout_of(leaf))
+                },
+                **sections,
+                "made": _made(start, hashes.result()[""]),
+            }
+        )
+        (hidden / STORE_NAME).write_bytes(as_json(document))
+        order = [leaf.name for leaf in leaves]
+        for name, task in tasks.items():
+            made = _made(sources[name], hashes.result()[name])
+            listed = task.document(kind, document["seal"], order, made)
+            (hidden / TASKS_NAME / name / TASK_NAME).write_bytes(as_json(listed))
+
+
+def add_task(
+    path: str | os.PathLike[str],
+    name: str,
+    model: Source,
+    *,
+    threshold: float | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Adds the model of one more task to a store: all of it, or nothing.
+
+    What tasks share was fixed when the store was made: the new task gets a mask on that
+    vector, which knows nothing of it. Compare the result with the model; if they differ
+    too much, make a new store of all models. Leaves that no task changed before are
+    kept whole.
+
+    Args:
+        path: the store.
+        name: of the new task.
+        model: a checkpoint or a pytree, like the base.
+        threshold: of a `"tall"` store; by default the one that the store was made with,
+            if that was one for all tasks.
+        progress: called after each leaf.
+
+    Raises:
+        StoreError: as `create_store`; or the store is damaged, or has such a task.
+    """
+    files = open_files(Path(path))
+    if checked_name("add_task", name) in files.tasks:
+        raise StoreError(
+            f"add_task: {files.path} has a task {name!r} already; choose another name, "
+            "or remove its directory first."
+        )
+    given = {} if threshold is None else {"threshold": threshold}
+    with _as_store_errors("add_task"):
+        checked_options(files.kind, given, [name])
+    options = {**files.document["options"], **given}
+    if isinstance(options.get("threshold"), Mapping):
+        raise StoreError(
+            f"add_task: {files.path} has one threshold per task; give one for {name!r}."
+        )
+    source = open_source("add_task", f"models[{name!r}]", model, files.base)
+    check_sources("add_task", files.base, {name: source})
+    place, done = files.path / TASKS_NAME / name, 0
+    with whole_directory(place) as hidden, contextlib.ExitStack() as stack:
+        task = NewTask(name, options, _open_leaves(stack, hidden))
+        hashes = in_background(source.digest)
+        for leaf in files.leaves.values():
+            start, value = files.read_base(leaf.name), source.read(leaf.name)
+            done += start.nbytes
+            with precision(leaf):
+                delta = changes(leaf, start, value, name)
+                if delta is not None:
+                    vector = files.read_vector(leaf.name)
+                    parts = files.parts(leaf)
+                    task.keep(files.kind, leaf, parts, value, delta, vector)
+            if progress is not None:
+                progress(done, files.base_bytes, leaf.name)
+        made = _made(source, hashes.result())
+        listed = task.document(
+            files.kind, files.document["seal"], list(files.leaves), made
+        )
+        (hidden / TASK_NAME).write_bytes(as_json(listed))
+
+
+def _write_leaves(
+    hidden: Path,
+    kind: str,
+    leaves: list[StoredLeaf],
+    base: Checkpoint,
+    models: Mapping[str, Checkpoint],
+    tasks: Mapping[str, NewTask],
+    progress: Progress,
+) -> dict[str, list[str | None]]:
+    """Writes base, shared vector and tasks; returns the digests of the first two."""
+    digests, done = {}, 0
+    total = sum(leaf.info.nbytes for leaf in leaves)
+    share = KINDS[kind].share
+    with contextlib.ExitStack() as stack:
+        shared = None
+        if share is not None:
+            file = stack.enter_context((hidden / SHARED_NAME).open("wb"))
+            shared = VectorFile(file, {leaf.name: leaf.info for leaf in leaves})
+        writer = stack.enter_context(Writer(hidden / BASE_NAME, base.leaves))
+        for sidecar in base.sidecars():
+            writer.add_file(sidecar.name, sidecar)
+        for leaf in leaves:
+            start = base.read(leaf.name)
+            writer.write(leaf.name, start)
+            digests[leaf.name] = digest(as_bytes(start))
+            with precision(leaf):
+                _write_tasks(kind, leaf, start, models, tasks, shared)
+            done += leaf.info.nbytes
+            progress(done, total, leaf.name)
+        if shared is not None:
+            shared.finish()
+    of_shared = shared.digests if shared is not None else {}
+    names = [leaf.name for leaf in leaves]
+    return {
+        "base": [digests[name] for name in names],
+        "shared": [of_shared.get(name) for name in names],
+    }
+
+
+def _write_tasks(
+    kind: str,
+    leaf: StoredLeaf,
+    start: np.ndarray,
+    models: Mapping[str, Checkpoint],
+    tasks: Mapping[str, NewTask],
+    shared: VectorFile | None,
+) -> None:
+    values = {name: model.read(leaf.name) for name, model in models.items()}
+    deltas = {n: changes(leaf, start, value, n) for n, value in values.items()}
+    deltas = {name: delta for name, delta in deltas.items() if delta is not None}
+    if not deltas:
+        return
+    vector, infos = None, {WHOLE: leaf.info}
+    if not leaf.whole:
+        options = next(iter(tasks.values())).options
+        infos = KINDS[kind].parts(leaf, options)
+        if shared is not None:
+            vector = _shared_vector(kind, leaf, list(deltas.values()), options)
+            shared.write(leaf.name, vector)
+    for name, delta in deltas.items():
+        tasks[name].keep(kind, leaf, infos, values[name], delta, vector)
+
+
+def _shared_vector(
+    kind: str, leaf: StoredLeaf, deltas: list[Array], options: Options
+) -> np.ndarray:
+    share = KINDS[kind].share
+    assert share is not None
+    vector = np.asarray(share(leaf, deltas, options).astype(leaf.info.dtype))
+    if not np.isfinite(vector).all():
+        raise StoreError(
+            f"{CALLER}: leaf {leaf.name!r}: the tasks together move it further than "
+            f"{leaf.info.dtype} reaches; convert the base to bfloat16 or float32."
+        )
+    return vector
+
+
+def _most_bytes(
+    kind: str, options: Options, leaves: list[StoredLeaf], tasks: int
+) -> int:
+    """The size of the store if every task changes every leaf."""
+    total = 0
+    for leaf in leaves:
+        copies = 2 if KINDS[kind].share is not None and not leaf.whole else 1
+        of_task = leaf.info.nbytes
+        if not leaf.whole:
+            of_task = sum(map(part_bytes, KINDS[kind].parts(leaf, options).values()))
+        total += copies * leaf.info.nbytes + tasks * of_task
+    return total
+
+
+def _open_leaves(stack: contextlib.ExitStack, place: Path) -> BinaryIO:
+    place.mkdir(parents=True, exist_ok=True)
+    return stack.enter_context((place / LEAVES_NAME).open("wb"))
+
+
+def _hashes(sources: Mapping[str, Checkpoint]) -> dict[str, dict[str, str]]:
+    return {name: source.digest() for name, source in sources.items()}
+
+
+def _made(source: Checkpoint, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """Where a part of the store comes from."""
+    return {
+        "from": str(source.path.absolute()) if hashes else "memory",
+        "sha256": dict(hashes),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {"jaxmerge": jaxmerge.__version__, "jax": version("jax")},
+    }
+
+
+def _silent(done: int, total: int, name: str) -> None:
+    pass
+
+
+@contextlib.contextmanager
+def _as_store_errors(caller: str) -> Iterator[None]:
+    """Errors in what was asked for, under the name of the function that was called."""
+    try:
+        yield
+    except ValueError as error:
+        raise StoreError(str(error).replace(CALLER, caller, 1)) from error

@@ -1,0 +1,113 @@
+"""Writes what a task keeps of each leaf that it changes."""
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxmerge.checkpoints import LeafInfo
+from jaxmerge.compression.files import (
+    LeafFile,
+    StoreError,
+    as_bytes,
+    seal,
+    to_buffer,
+)
+from jaxmerge.compression.kinds import (
+    KINDS,
+    WHOLE,
+    Norms,
+    Options,
+    StoredLeaf,
+    l1_norms,
+)
+from jaxmerge.leafwise import task_vector
+
+Progress = Callable[[int, int, str], None]
+"""Called with the bytes of leaves done so far, those of all, and the leaf."""
+
+
+class NewTask:
+    """The leaves of a task, while they are written."""
+
+    def __init__(self, name: str, options: Options, file: BinaryIO):
+        self.name, self.options = name, options
+        self._file, self._norms = LeafFile(file), Norms()
+
+    def keep(
+        self,
+        kind: str,
+        leaf: StoredLeaf,
+        infos: Mapping[str, LeafInfo],
+        value: np.ndarray,
+        delta: Any,
+        vector: np.ndarray | None,
+    ) -> None:
+        """Writes what the task keeps of a leaf that it changes.
+
+        Args:
+            kind: of the store.
+            leaf: how leaves of this name are kept.
+            infos: the parts that are kept of it.
+            value: the leaf of the model.
+            delta: the task vector.
+            vector: what tasks share of the leaf.
+        """
+        if WHOLE in infos:
+            parts = {WHOLE: value.astype(leaf.info.dtype)}
+        else:
+            parts = KINDS[kind].encode(leaf, delta, vector, self.options)
+            if kind == "emr":
+                self._norms = self._norms.plus(*l1_norms(delta, vector, parts["bits"]))
+        arrays = {name: np.asarray(part) for name, part in parts.items()}
+        self._file.write(leaf.name, to_buffer(arrays, infos))
+
+    def document(
+        self, kind: str, store: str, order: list[str], made: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """What `task.json` says, sealed."""
+        entries = self._file.entries
+        listed = [
+            entry and (entry.digest if entry.nbytes is None else list(entry))
+            for entry in map(entries.get, order)
+        ]
+        threshold = {k: v for k, v in self.options.items() if k == "threshold"}
+        scale = {"scale": self._norms.scale()} if kind == "emr" else {}
+        document = {"name": self.name, "store": store, **threshold, **scale}
+        return seal({**document, "leaves": listed, "made": made})
+
+
+def changes(leaf: StoredLeaf, start: np.ndarray, value: np.ndarray, task: str) -> Any:
+    """The task vector of a leaf; None for a task that leaves it as it is.
+
+    Of a leaf that has none, as it holds no floating-point numbers, its values.
+    """
+    if leaf.info.dtype.kind in "biu":
+        return None if np.array_equal(start, value) else value
+    delta = task_vector({"": start}, {"": value})[""]
+    changed, finite = map(bool, _look_at(delta))
+    if not finite:
+        # Masks of attention may hold infinities, and are the same in all models.
+        if np.array_equal(as_bytes(start), as_bytes(value)):
+            return None
+        raise StoreError(
+            f"leaf {leaf.name!r} of models[{task!r}], or of the base, has entries that "
+            "are NaN, infinite or too far apart; repair the checkpoint, or leave the "
+            "model out."
+        )
+    return delta if changed else None
+
+
+@jax.jit
+def _look_at(delta: Array) -> tuple[Array, Array]:
+    return jnp.any(delta != 0), jnp.all(jnp.isfinite(delta))
+
+
+def precision(leaf: StoredLeaf) -> contextlib.AbstractContextManager[Any]:
+    """Switches float64 on, which JAX has off, where a leaf needs it."""
+    is_double = leaf.info.dtype == np.float64
+    return jax.enable_x64(True) if is_double else contextlib.nullcontext()
