@@ -11,7 +11,6 @@ before. The table goes to benchmarks/results/matching.md.
 
 import argparse
 import os
-import statistics
 
 # Several programs at a time can wait for each other forever if they use up all threads.
 os.environ.setdefault("NPROC", "32")
@@ -21,6 +20,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from common import machine, times_in_turn, write_table
 from transformer import SYMBOLS, parameters, transformer
 
@@ -118,9 +118,7 @@ def table_rows(name, models, known, args):
                     steps = max(int(jnp.max(info.steps)) for info in infos)
                     there = all(jnp.all(info.residual <= rtol) for info in infos)
                     cells.append(f"{steps}" if there else f"> {steps}")
-                cells.append(
-                    f"{statistics.median(times[side]):.3f}" if side in times else ""
-                )
+                cells.append(f"{np.median(times[side]):.3f}" if side in times else "")
             yield [name, metric, f"{rtol:.0e}", *cells]
 
 

@@ -13,7 +13,6 @@ The table is written to benchmarks/results/store.md.
 import argparse
 import os
 import shutil
-import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -159,7 +158,7 @@ def in_memory(args):
 
 
 def row(step, nbytes, times, other):
-    ours, theirs = (statistics.median(times[side]) for side in ("ours", "theirs"))
+    ours, theirs = (np.median(times[side]) for side in ("ours", "theirs"))
     quotient = ratio(times["ours"], times["theirs"])
     cells = [f"{nbytes / 1e6:.0f} M", f"{ours:.3f}", other, f"{theirs:.3f}"]
     return [step, *cells, f"{quotient:.2f}"]

@@ -13,7 +13,6 @@ import argparse
 import functools
 import os
 import re
-import statistics
 
 # Simulated devices that wait for each other must not use up all threads.
 os.environ.setdefault("NPROC", "32")
@@ -22,6 +21,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from common import machine, ratio, times_in_turn, write_table
 
 import jaxmerge
@@ -68,7 +68,7 @@ def cost(args):
             for name, side in sides.items():
                 told = ratio(times[name], times["SVDs"])
                 if name == "SVDs":
-                    told = statistics.median(times[name])
+                    told = np.median(times[name])
                 seconds[name].append(f"{told:.2f}")
                 compiled = jax.jit(side).lower(base, models).compile()
                 used = compiled.memory_analysis().temp_size_in_bytes
@@ -129,7 +129,7 @@ def layers(args):
         rows.append(
             [
                 name,
-                f"{statistics.median(times['together']):.2f}",
+                f"{np.median(times['together']):.2f}",
                 f"{ratio(times['one by one'], times['together']):.2f}",
                 f"{ratio(times['eight'], times['together']):.2f}",
                 ", ".join(f"{found.count(k)} {k}" for k in sorted(set(found)))

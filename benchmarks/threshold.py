@@ -9,12 +9,12 @@ benchmarks/results/threshold.md.
 
 import argparse
 import functools
-import statistics
 import sys
 import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from common import machine, write_table
 
 import jaxmerge
@@ -62,13 +62,8 @@ def main():
                 side(base, models, density).block_until_ready()
                 wall[name].append(time.perf_counter() - start[0])
                 cpu[name].append(time.process_time() - start[1])
-        ratio = [
-            statistics.median(
-                a / b for a, b in zip(t["sort"], t["counting"], strict=True)
-            )
-            for t in (wall, cpu)
-        ]
-        times = [statistics.median(wall[name]) for name in sides]
+        ratio = [np.median(np.divide(t["sort"], t["counting"])) for t in (wall, cpu)]
+        times = [np.median(wall[name]) for name in sides]
         rows.append(
             [f"{density:g}", *(f"{x:.2f}" for x in times), *(f"{r:.1f}" for r in ratio)]
         )

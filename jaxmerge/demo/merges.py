@@ -78,11 +78,11 @@ Job = Callable[[], list[Row]]
 def jobs(out: Path, experiment: Experiment) -> list[Job]:
     """What is to be merged, as functions that may run in any order.
 
-    Every registered method is among them, except those that cannot merge as many models
-    as there are tasks, or that need options of the user's choice.
+    Every registered method that `can_merge` as many models as there are tasks is among
+    them.
     """
     models = len(experiment.tuned)
-    able = [method for method in methods().values() if _can_merge(method, models)]
+    able = [method for method in methods().values() if can_merge(method, models)]
     by_models = [m for m in able if not m.needs_statistics]
     by_data = [m for m in able if m.needs_statistics]
     return [
@@ -101,7 +101,8 @@ def jobs(out: Path, experiment: Experiment) -> list[Job]:
     ]
 
 
-def _can_merge(method: Method, models: int) -> bool:
+def can_merge(method: Method, models: int) -> bool:
+    """Whether a method merges that many models with no options of the user's choice."""
     required = any(option.required for option in method.options.values())
     return (method.max_models or models) >= models and not required
 

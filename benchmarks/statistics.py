@@ -1,6 +1,6 @@
 """What does it cost to collect statistics, against running the model?
 
-    python benchmarks/collecting.py [time] [memory] [--widths 128 256 512] ...
+    python benchmarks/statistics.py [time] [memory] [--widths 128 256 512] ...
 
 `time`: `collect` on a transformer, in multiples of its forward passes, and of its
 forward and backward passes, on the same batches. All sides run in turn in one process,
@@ -11,7 +11,6 @@ benchmarks/results/statistics_*.md.
 
 import argparse
 import os
-import statistics
 import time
 from unittest import mock
 
@@ -21,6 +20,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from common import machine, ratio, times_in_turn, write_table
 from transformer import SYMBOLS, parameters, transformer
 
@@ -87,7 +87,7 @@ def cost(args):
         times = times_in_turn(calls, args.repeats, clock=time.process_time)
         header += [f"{width}: forward passes", f"{width}: forward and backward passes"]
         for side in ("forward", "both"):
-            seconds.append(f"{statistics.median(times[side]):.3f}")
+            seconds.append(f"{np.median(times[side]):.3f}")
             for name, values in rows.items():
                 values.append(f"{ratio(times[name], times[side]):.2f}")
         print(width, {name: values[-2:] for name, values in rows.items()}, flush=True)
@@ -99,7 +99,7 @@ def cost(args):
         "The forward pass itself is among what is collected: 1.00 of the forward "
         "passes is for it. By multiplications alone, the Grams of a layer, with all "
         "their entries computed, are 38/24 of its forward pass; weights with the same "
-        "input share one, and of those for wide inputs part is copied. "
+        "input share one. "
         f"{fixed(args)} Median of {args.repeats} runs in turn, "
         "ratios run by run, of CPU seconds of all threads, which other processes "
         f"disturb less than the clock on the wall. {machine()}",
@@ -117,7 +117,7 @@ def fixed(args):
         },
         10 * args.repeats,
     )
-    collect, forwards = (1e3 * statistics.median(t) for t in times.values())
+    collect, forwards = (1e3 * np.median(t) for t in times.values())
     return (
         "Each call of `collect` traces the model, for all batches once: with a single "
         f"example, at width {args.widths[0]}, it takes {collect:.0f} ms, a forward "
