@@ -1,7 +1,10 @@
 """Strict settings for every test: many devices, no silent broadcasts."""
 
+import gc
 import os
 
+# Traces are many objects, and looking for cycles among them takes a tenth of the time.
+gc.set_threshold(200_000, 50, 100)
 # Only jax's own flag reaches the processes that tests start themselves.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Simulated devices that wait for each other must not use up all threads.
