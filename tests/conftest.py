@@ -3,8 +3,6 @@
 import gc
 import os
 
-# Traces are many objects, and looking for cycles among them takes a tenth of the time.
-gc.set_threshold(200_000, 50, 100)
 # Only jax's own flag reaches the processes that tests start themselves.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Simulated devices that wait for each other must not use up all threads.
@@ -21,6 +19,8 @@ FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
 if jax.__version_info__ < (0, 11):
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
+# Traces are many objects, and looking for cycles among them takes a tenth of the time.
+gc.set_threshold(200_000, 50, 100)
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
