@@ -29,9 +29,9 @@ from jaxmerge.compression.quantising import (
 from jaxmerge.leafwise import units_of
 from jaxmerge.lowrank import LowRank, apply_adapter
 from jaxmerge.matrices import MatrixAxes, leaf_axes, matrix_shape
-from jaxmerge.methods.election import Election, merge_elected
 from jaxmerge.methods.masking import localise
 from jaxmerge.methods.trimming import ties
+from jaxmerge.methods.unified import agreeing, unify
 from jaxmerge.options import Leaf, choice, number, whole_number
 from jaxmerge.tree import is_float
 
@@ -202,15 +202,12 @@ def _localised(delta: Array, vector: Array, threshold: float) -> Array:
     return pack(localise(delta, vector.astype(delta.dtype), threshold, True))
 
 
-@jax.jit
-def _unified(deltas: Sequence[Array]) -> Array:
-    election = Election(vote="mass", tie="negative", aggregate="max")
-    return merge_elected(deltas, [jnp.ones(())] * len(deltas), election)
+_unified = jax.jit(unify)
 
 
 @jax.jit
 def _agreeing(delta: Array, vector: Array) -> Array:
-    return pack((jnp.sign(delta) == jnp.sign(vector)) & (delta != 0))
+    return pack(agreeing(delta, vector))
 
 
 def _masked_decode(

@@ -1,7 +1,7 @@
 """The demo's trained models and their tests: everything that merges start from."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +38,10 @@ class Experiment(NamedTuple):
     def test(self, params: Params) -> np.ndarray:
         """The accuracy on each task's test images, (tasks,)."""
         return np.asarray(accuracies(params, self.heads, self.data.test))
+
+    def test_apart(self, models: Iterable[Params]) -> list[float]:
+        """The accuracy of each task's own model on its test images."""
+        return [float(self.test(model)[i]) for i, model in enumerate(models)]
 
 
 def train(directory: Path, seed: int, progress: Progress) -> Experiment:

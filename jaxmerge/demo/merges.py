@@ -75,7 +75,11 @@ class Row(NamedTuple):
 Job = Callable[[], list[Row]]
 
 
-def jobs(out: Path, experiment: Experiment) -> list[Job]:
+Thresholds = Mapping[str, list[float]]
+"""By multi-task vector, the threshold of each task's TALL-mask."""
+
+
+def jobs(out: Path, experiment: Experiment, thresholds: Thresholds) -> list[Job]:
     """What is to be merged, as functions that may run in any order.
 
     Every registered method that `can_merge` as many models as there are tasks is among
@@ -90,8 +94,8 @@ def jobs(out: Path, experiment: Experiment) -> list[Job]:
         functools.partial(_merge_submodules, experiment),
         functools.partial(_merge_layers, experiment),
         *(
-            functools.partial(_merge_consensus, out, experiment, multi_task)
-            for multi_task in MULTI_TASK
+            functools.partial(_merge_consensus, out, experiment, *chosen)
+            for chosen in thresholds.items()
         ),
         *(
             functools.partial(_merge, out, method, experiment)
@@ -132,18 +136,16 @@ def _merge(
     return rows
 
 
-def _merge_consensus(out: Path, experiment: Experiment, multi_task: str) -> list[Row]:
-    """Merges what masks agree on, whose thresholds validation images choose."""
-    options = {
-        "multi_task": multi_task,
-        "threshold": thresholds(experiment, multi_task),
-    }
+def _merge_consensus(
+    out: Path, experiment: Experiment, multi_task: str, thresholds: list[float]
+) -> list[Row]:
+    options = {"multi_task": multi_task, "threshold": thresholds}
     suffix = MULTI_TASK[multi_task]
     return _merge(out, methods()["consensus"], experiment, options, suffix)
 
 
-def thresholds(experiment: Experiment, multi_task: str) -> list[float]:
-    """The threshold of each task's TALL-mask that is best on its validation images."""
+def best_thresholds(experiment: Experiment) -> Thresholds:
+    """The thresholds of TALL-masks that are best on each task's validation images."""
     models, heads = list(experiment.tuned.values()), experiment.heads
 
     def score(params: Params, task: int) -> jax.Array:
@@ -151,8 +153,12 @@ def thresholds(experiment: Experiment, multi_task: str) -> list[float]:
         images, labels = of_task(experiment.data.validation)
         return training.accuracy(params, of_task(heads), images, labels)
 
-    chosen = choose_thresholds(experiment.start, models, score, multi_task=multi_task)
-    return chosen.values
+    return {
+        multi_task: choose_thresholds(
+            experiment.start, models, score, multi_task=multi_task
+        ).values
+        for multi_task in MULTI_TASK
+    }
 
 
 def _merge_by_data(experiment: Experiment, able: list[Method]) -> list[Row]:

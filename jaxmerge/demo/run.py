@@ -45,8 +45,9 @@ def main(out: str | os.PathLike[str], *, seed: int = 0) -> ResultTable:
     console = Console()
     with Progress(console=console) as progress:
         models = train(out / "trained", seed, progress)
-        table = _merge_all(out, models, progress)
-        stored = store_all(out, models, progress)
+        thresholds = merges.best_thresholds(models)
+        table = _merge_all(out, models, thresholds, progress)
+        stored = store_all(out, models, thresholds, progress)
     (out / "table.md").write_text(table.markdown() + "\n")
     (out / "stored.md").write_text(stored.markdown() + "\n")
     _draw(table, out / "table.png")
@@ -56,8 +57,13 @@ def main(out: str | os.PathLike[str], *, seed: int = 0) -> ResultTable:
     return table
 
 
-def _merge_all(out: Path, experiment: Experiment, progress: Progress) -> ResultTable:
-    jobs = merges.jobs(out, experiment)
+def _merge_all(
+    out: Path,
+    experiment: Experiment,
+    thresholds: merges.Thresholds,
+    progress: Progress,
+) -> ResultTable:
+    jobs = merges.jobs(out, experiment, thresholds)
     bar = progress.add_task("merging", total=len(jobs))
 
     def rows_of(job: merges.Job) -> list[merges.Row]:
@@ -73,10 +79,7 @@ def _merge_all(out: Path, experiment: Experiment, progress: Progress) -> ResultT
     by_rank = lambda name: (accuracies[name].mean(), name)  # noqa: E731
     ranked = {"start": experiment.test(experiment.start)}
     ranked |= {name: accuracies[name] for name in sorted(accuracies, key=by_rank)}
-    individual = [
-        float(experiment.test(model)[i])
-        for i, model in enumerate(experiment.tuned.values())
-    ]
+    individual = experiment.test_apart(experiment.tuned.values())
     notes = {
         "scale": {r.name: f"{r.scale:g}" for r in rows if r.scale is not None},
         "images": {r.name: f"{r.images}" for r in rows if r.images},

@@ -3,12 +3,11 @@
 import shutil
 from pathlib import Path
 
-import numpy as np
 from rich.progress import Progress
 
 from jaxmerge.compression import create_store, open_store
-from jaxmerge.demo import merges
 from jaxmerge.demo.experiment import Experiment
+from jaxmerge.demo.merges import Thresholds
 from jaxmerge.evaluation import ResultTable
 
 KINDS = {
@@ -22,7 +21,9 @@ KINDS = {
 """The kinds of store that are compared, and their options, by what they are called."""
 
 
-def store_all(out: Path, experiment: Experiment, progress: Progress) -> ResultTable:
+def store_all(
+    out: Path, experiment: Experiment, thresholds: Thresholds, progress: Progress
+) -> ResultTable:
     """Writes stores of all kinds; accuracy of each task's model rebuilt from them."""
     trained = experiment.trained
     models = {task: trained / task for task in experiment.tuned}
@@ -33,20 +34,16 @@ def store_all(out: Path, experiment: Experiment, progress: Progress) -> ResultTa
             shutil.rmtree(path)  # From an earlier run; it is about to be made again.
         path.parent.mkdir(exist_ok=True)
         if "multi_task" in options:
-            chosen = merges.thresholds(experiment, options["multi_task"])
+            chosen = thresholds[options["multi_task"]]
             options = options | {"threshold": dict(zip(models, chosen, strict=True))}
         kind = name.partition(",")[0]
         create_store(path, trained / "start", models, kind=kind, **options)
         store = open_store(path)
-        rows[name] = np.array(
-            [experiment.test(store.params(t))[i] for i, t in enumerate(models)]
-        )
+        rows[name] = experiment.test_apart(map(store.params, models))
         sizes[name] = f"{store.sizes().store / 1000:.0f}"
     whole = sum(
         file.stat().st_size for model in models.values() for file in model.iterdir()
     )
     sizes["individual"] = f"{whole / 1000:.0f}"
-    own = [
-        experiment.test(model)[i] for i, model in enumerate(experiment.tuned.values())
-    ]
+    own = experiment.test_apart(experiment.tuned.values())
     return ResultTable(list(models), own, rows, {"kB": sizes})

@@ -188,6 +188,10 @@ def _inverse_of_sum(
 
 @jax.custom_batching.sequential_vmap
 def _invert(matrix: Array) -> Array:
+    """Inverts one matrix after the other.
+
+    On CPUs with few threads, batched factorisations can wait for each other forever.
+    """
     factor = jax.scipy.linalg.cho_factor(matrix, lower=True)
     return jax.scipy.linalg.cho_solve(factor, jnp.eye(len(matrix)))
 

@@ -156,12 +156,21 @@ def _no_options(leaf: Leaf) -> dict:
     return {}
 
 
-def _elect(deltas: Sequence[Array]) -> tuple[Array, list[Array]]:
-    """The unified vector, and the mask of every task."""
+def unify(deltas: Sequence[Array]) -> Array:
+    """The unified vector of the task vectors of one leaf."""
     weights = [jnp.ones(())] * len(deltas)
-    vector = merge_elected(deltas, weights, _LARGEST_OF_SIGN)
+    return merge_elected(deltas, weights, _LARGEST_OF_SIGN)
+
+
+def agreeing(delta: Array, vector: Array) -> Array:
+    """The mask of a task vector in the unified one."""
     # The product of two small numbers may round to zero; that of signs does not.
-    return vector, [jnp.sign(delta) * jnp.sign(vector) > 0 for delta in deltas]
+    return jnp.sign(delta) * jnp.sign(vector) > 0
+
+
+def _elect(deltas: Sequence[Array]) -> tuple[Array, list[Array]]:
+    vector = unify(deltas)
+    return vector, [agreeing(delta, vector) for delta in deltas]
 
 
 def _norms(deltas: Sequence[Array]) -> tuple[Array, Array]:

@@ -210,20 +210,6 @@ def test_what_compiles_does_not_depend_on_the_number_of_layers(compilations):
     assert counts[0] == counts[1]
 
 
-@pytest.fixture
-def compilations():
-    """Grows by one entry with everything that is compiled."""
-    seen = []
-
-    def listen(event, duration, **kwargs):
-        if event == "/jax/core/compile/backend_compile_duration":
-            seen.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield seen
-    jax.monitoring.unregister_event_duration_listener(listen)
-
-
 def test_inputs_are_left_alone_and_dtypes_kept():
     models = [jax.tree.map(jnp.bfloat16, model) for model in MODELS]
     models[1] = jax.tree.map(jnp.float32, models[1])
