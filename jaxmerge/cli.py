@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jaxmerge import store_cli
 from jaxmerge.console import (
     CommandError,
+    parse_size,
     print_table,
     readable_size,
     short_names,
@@ -40,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.command(arguments)
     except KeyboardInterrupt:
-        print("jaxmerge: interrupted; nothing was written", file=sys.stderr)
+        hint = "a merge goes on where it was when it is run again"
+        print(f"jaxmerge: interrupted; {hint}", file=sys.stderr)
         return 130
     except OSError as error:
         return _fail(_explain(error))
@@ -77,6 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     merge = add("merge", _merge, "Merge checkpoints as a recipe says")
     merge.add_argument("recipe", metavar="RECIPE", help="YAML file")
     merge.add_argument("out", metavar="OUT", help="directory to create")
+    merge.add_argument(
+        "--memory", metavar="SIZE", default="1GB", help="for values (default: 1GB)"
+    )
 
     methods = add("methods", _methods, "List the merge methods, or describe one")
     methods.add_argument("name", metavar="NAME", nargs="?")
@@ -103,9 +108,12 @@ def _merge(arguments: argparse.Namespace) -> None:
     from jaxmerge.merging import merge_checkpoints
     from jaxmerge.recipes import load_recipe
 
+    memory = parse_size("--memory", arguments.memory)
     recipe = load_recipe(arguments.recipe)
     with show_progress() as progress:
-        report = merge_checkpoints(recipe, arguments.out, progress=progress)
+        report = merge_checkpoints(
+            recipe, arguments.out, memory=memory, progress=progress
+        )
     totals = report["totals"]
     leaves = ", ".join(f"{n} {kind}" for kind, n in totals["treatments"].items())
     print(f"Leaves: {leaves}.")

@@ -85,6 +85,20 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     _console().print(table)
 
 
+def parse_size(option: str, size: str) -> int:
+    """The number of bytes that an option of a command gives.
+
+    Raises:
+        CommandError: it is no size.
+    """
+    from jaxmerge.recipe_syntax import size_in_bytes
+
+    try:
+        return size_in_bytes(size)
+    except ValueError as error:
+        raise CommandError(f"{option} is {error}") from None
+
+
 def readable_size(nbytes: int) -> str:
     """A number of bytes as people say it, such as "1.2 GB"."""
     from rich.filesize import decimal

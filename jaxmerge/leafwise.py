@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array
 
 from jaxmerge import sharding
+from jaxmerge.lazy import Deferred, any_lazy, as_shapes
 from jaxmerge.options import Leaf, PerLeaf, per_leaf
 from jaxmerge.tree import Params, check_alike, is_float, named_leaves, rebuild
 
@@ -71,8 +72,8 @@ def merge_leaves(
         ValueError: no models, trees that are not alike, or an invalid option.
     """
     calls = _leaf_calls(models, options, method, base, stack_axes, rows, key, names)
-    static = {"kernel": kernel, "choices": tuple(sorted(choices.items()))}
-    merged = {path: _merge_leaf(*call, **static) for path, call in calls.items()}
+    chosen = tuple(sorted(choices.items()))
+    merged = {path: _merge(call, kernel, chosen) for path, call in calls.items()}
     like = models[0] if base is ABSENT else base
     return rebuild(like, named_leaves(like) | merged)
 
@@ -128,13 +129,8 @@ def _read_leaves(
     shaped: bool,
 ) -> dict[str, Any]:
     calls = _leaf_calls(models, options, method, base)
-    static = {"kernel": kernel, "choices": tuple(sorted(choices.items()))}
-    return {
-        path: _read_leaf(
-            call.base, call.models, call.numbers, call.target, shaped=shaped, **static
-        )
-        for path, call in calls.items()
-    }
+    chosen = tuple(sorted(choices.items()))
+    return {p: _look(call, kernel, chosen, shaped) for p, call in calls.items()}
 
 
 def check_models(method: str, base: Params, models: Sequence[Params]) -> None:
@@ -213,6 +209,11 @@ class _Call(NamedTuple):
     units: tuple[int, ...]
     target: Any
 
+    @property
+    def like(self) -> Any:
+        """The leaf that the merged one is like."""
+        return self.models[0] if self.base is None else self.base
+
 
 def _leaf_calls(
     models: Sequence[Params],
@@ -282,38 +283,64 @@ def _as_key(method: str, key: Any) -> Array:
     )
 
 
-@functools.partial(
-    jax.jit, static_argnums=(4, 5), static_argnames=("kernel", "choices")
-)
-def _merge_leaf(base, models, keys, numbers, units, target, *, kernel, choices):
+def _merge(call: _Call, kernel: Kernel, choices: tuple) -> Any:
+    """The merged leaf; computed when it is asked for, if it comes from lazy leaves."""
+    static = {"units": call.units, "kernel": kernel, "choices": choices}
+    arguments = call.base, call.models, call.keys, call.numbers
+    run = functools.partial(_merge_leaf, target=call.target, **static)
+    if not any_lazy(arguments):
+        return run(*arguments)
+    function = functools.partial(_merged, **static)
+    return Deferred(run, function, arguments, (_merged, *static.values()), call.like)
+
+
+@functools.partial(jax.jit, static_argnames=("target", "units", "kernel", "choices"))
+def _merge_leaf(base, models, keys, numbers, *, target, **static):
+    merge = functools.partial(_merged, **static)
     like = models[0] if base is None else base
-    dtype = wide(like.dtype)
-
-    def merge(base, models, keys, numbers):
-        bound = functools.partial(kernel, **numbers, **dict(choices))
-        merged = over_units(bound, units)(_arrays(base, models, dtype), keys)
-        if base is not None:
-            merged = base.astype(dtype) + merged
-        return merged.astype(like.dtype)
-
     merged = sharding.auto(merge, like=like)(base, models, keys, numbers)
     return sharding.keep(merged, target)
 
 
-@functools.partial(
-    jax.jit, static_argnums=3, static_argnames=("shaped", "kernel", "choices")
-)
-def _read_leaf(base, models, numbers, target, *, shaped, kernel, choices):
+def _merged(base, models, keys, numbers, *, units, kernel, choices):
     like = models[0] if base is None else base
+    dtype = wide(like.dtype)
+    bound = functools.partial(kernel, **numbers, **dict(choices))
+    merged = over_units(bound, units)(_arrays(base, models, dtype), keys)
+    if base is not None:
+        merged = base.astype(dtype) + merged
+    return merged.astype(like.dtype)
 
-    def read(base, models, numbers):
-        arrays = _arrays(base, models, wide(like.dtype))
-        return kernel(arrays, **numbers, **dict(choices))
 
+def _look(call: _Call, kernel: Kernel, choices: tuple, shaped: bool) -> Any:
+    """What a kernel sees in a leaf: numbers, or arrays that are lazy if leaves are."""
+    static = {"kernel": kernel, "choices": choices}
+    arguments = call.base, call.models, call.numbers
+    run = functools.partial(_read_leaf, target=call.target, shaped=shaped, **static)
+    if not any_lazy(arguments):
+        return run(*arguments)
+    function = functools.partial(_read, **static)
+    types, structure = jax.tree.flatten(jax.eval_shape(function, *as_shapes(arguments)))
+    seen = [
+        Deferred(run, function, arguments, (_read, *static.values()), like, i)
+        for i, like in enumerate(types)
+    ]
+    return jax.tree.unflatten(structure, seen if shaped else seen[0].all())
+
+
+@functools.partial(jax.jit, static_argnames=("target", "shaped", "kernel", "choices"))
+def _read_leaf(base, models, numbers, *, target, shaped, **static):
+    read = functools.partial(_read, **static)
     if not shaped:
         return sharding.auto(read, like=jnp.zeros(()))(base, models, numbers)
+    like = models[0] if base is None else base
     results = sharding.auto(read, like=like)(base, models, numbers)
     return jax.tree.map(lambda x: sharding.keep(x, target), results)
+
+
+def _read(base, models, numbers, *, kernel, choices):
+    like = models[0] if base is None else base
+    return kernel(_arrays(base, models, wide(like.dtype)), **numbers, **dict(choices))
 
 
 def wide(dtype: Any) -> Any:
@@ -367,15 +394,23 @@ def task_vector(base: Params, model: Params) -> Params:
     """
     check_alike(base, [model], names=["base", "model"])
     model = rebuild(base, named_leaves(model))
-    return jax.tree.map(lambda b, m: _difference(b, sharding.join(m, b)), base, model)
+    return jax.tree.map(_difference, base, model)
+
+
+def _difference(base: Any, model: Any) -> Any:
+    if not is_float(base):
+        return jnp.zeros((0,), jnp.float32)
+    arguments = base, sharding.join(model, base)
+    if not any_lazy(arguments):
+        return _subtract_leaf(*arguments)
+    like = jax.ShapeDtypeStruct(base.shape, wide(base.dtype))
+    return Deferred(_subtract_leaf, _subtract, arguments, _subtract, like)
 
 
 @jax.jit
-def _difference(base: Array, model: Array) -> Array:
-    if not is_float(base):
-        return jnp.zeros((0,), jnp.float32)
+def _subtract_leaf(base: Array, model: Array) -> Array:
+    return sharding.auto(_subtract, like=base)(base, model)
 
-    def subtract(base, model):
-        return _arrays(base, [model], wide(base.dtype))[0]
 
-    return sharding.auto(subtract, like=base)(base, model)
+def _subtract(base: Array, model: Array) -> Array:
+    return _arrays(base, [model], wide(base.dtype))[0]

@@ -9,7 +9,7 @@ device works on its own layers; leaves that are no matrices follow a stated poli
 import functools
 import inspect
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ import numpy as np
 from jax import Array
 
 from jaxmerge import sharding
+from jaxmerge.lazy import Whole, any_lazy
 from jaxmerge.leafwise import ABSENT, Kernel, check_models, merge_leaves, wide
 from jaxmerge.linalg import map_matrices, rounding_noise
 from jaxmerge.matrices import (
@@ -78,7 +79,12 @@ class MatrixPlan(NamedTuple):
     beside: Mapping[str, Any]
 
     def groups(self) -> list[list[str]]:
-        """Paths of matrices of the same shapes and dtype: what is compiled together."""
+        """Paths of matrices of the same shapes and dtype: what is compiled together.
+
+        Leaves that are read when they are asked for come one by one.
+        """
+        if any_lazy((self.leaves, self.models)):
+            return [[path] for path in self.layouts]
         groups: dict[Any, list[str]] = {}
         for path, layout in self.layouts.items():
             leaf = self.leaves[path]
@@ -207,7 +213,8 @@ def merge_matrices(
 
     Returns:
         A tree like `base`, in its dtypes and shardings, and the reports of all matrices
-        by path, with a leading axis for stacked layers and one for fused parts.
+        by path, with a leading axis for stacked layers and one for fused parts. Lazy
+        trees come out lazy, and without reports.
 
     Raises:
         ValueError: as `plan_matrices`.
@@ -226,15 +233,21 @@ def merge_matrices(
     )
     merged, reports = {}, {}
     for paths in plan.groups():
-        results, told = _merge_group(
-            *plan.arguments(paths),
-            [plan.scales[path] for path in paths],
-            dict(numbers or {}),
+        run = functools.partial(
+            _merge_group,
+            scales=[plan.scales[path] for path in paths],
+            numbers=dict(numbers or {}),
             layouts=tuple(plan.layouts[path] for path in paths),
             targets=tuple(sharding.of(plan.leaves[path]) for path in paths),
             kernel=kernel,
             choices=tuple(sorted(choices.items())),
         )
+        arguments = plan.arguments(paths)
+        if any_lazy(arguments):
+            (path,) = paths
+            merged[path] = Whole(_first(run), arguments, plan.leaves[path])
+            continue
+        results, told = run(*arguments)
         merged |= dict(zip(paths, results, strict=True))
         reports |= dict(zip(paths, told, strict=True))
     return rebuild(plan.base, plan.leaves | merged | merge_others(plan)), reports
@@ -304,7 +317,7 @@ def _add_up(deltas: Sequence[Array], *, scale: Array, divide: bool) -> Array:
 
 @functools.partial(jax.jit, static_argnames=("layouts", "targets", "kernel", "choices"))
 def _merge_group(
-    bases, models, beside, scales, numbers, *, layouts, targets, kernel, choices
+    bases, models, beside, *, scales, numbers, layouts, targets, kernel, choices
 ):
     def merge(bases, models, beside, scales, numbers):
         bound = functools.partial(kernel, **numbers, **dict(choices))
@@ -323,6 +336,11 @@ def _merge_group(
     run = sharding.auto(merge, like=(bases or models[0], jnp.zeros(())))
     results, told = run(bases, models, beside, scales, numbers)
     return [sharding.keep(*pair) for pair in zip(results, targets, strict=True)], told
+
+
+def _first(run: Callable[..., Any]) -> Callable[..., Any]:
+    """The only merged leaf of a group."""
+    return lambda *arguments: run(*arguments)[0][0]
 
 
 def _tell(of_parts: list[Any]) -> Any:

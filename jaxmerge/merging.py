@@ -1,48 +1,64 @@
-"""Merges checkpoints as a recipe says, leaf by leaf: no model is in memory as a whole.
+"""Merges checkpoints as a recipe says, in bounded memory, whole or not at all.
 
 Everything that can be known from names, shapes and options is checked before the first
-value is read, and the output appears whole or not at all.
+value is read. A merge that was interrupted goes on where it was when it is run again.
 """
 
-import contextlib
 import json
-import math
 import os
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+import jaxmerge
 from jaxmerge.checkpoints import REPORT_NAME, Checkpoint, CheckpointError, Writer
+from jaxmerge.lazy import load
 from jaxmerge.matrixwise import plan_matrices
-from jaxmerge.planning import Inputs, MergeError, Step, open_inputs, plan_leaves
+from jaxmerge.planning import Inputs, MergeError, Part, open_inputs, plan_leaves
 from jaxmerge.recipes import Recipe
-from jaxmerge.registry import methods
-from jaxmerge.reports import LeafReport, in_background, merge_report, norm
+from jaxmerge.reports import (
+    LeafReport,
+    describe,
+    in_background,
+    merge_report,
+    sum_of_squares,
+)
+from jaxmerge.streaming import StoredLeaf, all_finite, computed, precision, stream
 from jaxmerge.tree import is_float
 
 Progress = Callable[[int, int, str], None]
 """Called with the bytes written so far, those of the whole output, and the leaf."""
+
+MEMORY = 1_000_000_000
+_INPUTS = ""  # What notes on inputs go by: no leaf has that name.
 
 
 def merge_checkpoints(
     recipe: Recipe,
     out: str | os.PathLike[str],
     *,
+    memory: int = MEMORY,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Merges checkpoints into a new one.
 
-    Only the leaves of one name are in memory at a time. A method that ranks entries
-    across the model (`scope: model`) needs all of them at once.
+    Leaves are merged one by one, and those that are too large for `memory` some rows
+    at a time: the result is the same. A method that needs all leaves at once (`pcb`
+    with `scope: model`, say) is refused if they do not fit.
+
+    If the process dies, or is interrupted, the same merge into the same output goes on
+    with the leaves that are not there yet.
 
     Args:
         recipe: what to merge, and how.
         out: the directory to create; it must not exist.
-        progress: called after each leaf that was written.
+        memory: about how many bytes values may take, beside what the program needs.
+        progress: called whenever something was written.
 
     Returns:
         The report, as in `jaxmerge_report.json` next to the weights: the recipe,
@@ -50,7 +66,8 @@ def merge_checkpoints(
 
     Raises:
         FileExistsError: `out` exists.
-        CheckpointError: an input is missing or damaged, or the disk is too small.
+        CheckpointError: an input is missing or damaged, the disk is too small, or the
+            beginning of another merge into `out` is there.
         MergeError: leaves that are not alike, options that do not fit, or a result
             that is not finite. Nothing is left behind.
 
@@ -71,38 +88,23 @@ def merge_checkpoints(
             f"{out} exists already; remove it or choose another name."
         )
     inputs = open_inputs(recipe)
-    steps = plan_leaves(recipe, inputs)
-    method = methods()[recipe.method]
-    call = method.bind(recipe.options, recipe.seed, list(recipe.models))
-    _try_on_shapes(recipe, inputs, steps, call)
+    part = Part(recipe, inputs, plan_leaves(recipe, inputs))
+    _try_on_shapes(part)
+    _check_memory(part, memory)
     sidecars = _sidecars(recipe, inputs)
-
-    written = {n: step.out for n, step in steps.items() if step.treatment != "skipped"}
-    total, done = sum(info.nbytes for info in written.values()), 0
-    kinds = _kinds(recipe, inputs, steps)
-    leaves = {
-        name: LeafReport(
-            kinds.get(name, step.treatment),
-            dtype_in=str(step.source.leaves[name].dtype),
-            dtype_out=str(step.out.dtype) if name in written else None,
-        )
-        for name, step in steps.items()
-    }
-    with Writer(out, written, recipe.max_shard_bytes) as writer:
-        digests = in_background(lambda: _digests(inputs))
-        for name, array, norms in _arrays_out(recipe, inputs, steps, call):
-            writer.write(name, array)
-            leaves[name] = leaves[name]._replace(**norms)
-            done += array.nbytes
-            if progress is not None:
-                progress(done, total, name)
+    identity = _identity(part)
+    with Writer(out, part.written, recipe.max_shard_bytes, identity=identity) as writer:
+        digests = in_background(lambda: _hash(inputs, writer))
+        _go_on(writer, digests.result)
+        merge = _Merge(part, writer, memory, progress)
+        stream([name for name in part.written if name not in writer.done], merge.leaf)
         for name, content in sidecars.items():
             writer.add_file(name, content)
         report = merge_report(
             recipe,
             inputs.base,
             inputs.models,
-            leaves,
+            merge.reports(),
             digests.result(),
             seconds=time.perf_counter() - started,
         )
@@ -110,105 +112,200 @@ def merge_checkpoints(
     return report
 
 
-_Call = Callable[[Any, list[Any]], dict[str, Any]]
-"""A merge method with all its options: from base and models to the merged leaves."""
+class _Merge:
+    """The leaves of a part on their way into the output.
 
+    Args:
+        part: what becomes of them.
+        writer: of the output.
+        memory: how many bytes values may take.
+        progress: told of everything that was written.
+    """
 
-def _try_on_shapes(
-    recipe: Recipe, inputs: Inputs, steps: Mapping[str, Step], call: _Call
-) -> None:
-    """Runs the method without values, to have its errors before any is read."""
+    def __init__(
+        self, part: Part, writer: Writer, memory: int, progress: Progress | None
+    ):
+        self._part, self._writer, self._progress = part, writer, progress
+        self._norms = {n: note for n, note in writer.done.items() if n != _INPUTS}
+        self._total = sum(info.nbytes for info in part.written.values())
+        self._bytes = sum(part.written[name].nbytes for name in self._norms)
+        self._telling = threading.Lock()
+        self._wide = _is_wide(part)
+        self._merged = _merged_leaves(part, memory, self._wide)
 
-    def shapes(checkpoint: Checkpoint) -> dict[str, jax.ShapeDtypeStruct]:
+    def leaf(self, name: str) -> None:
+        """Merges, or copies, one leaf."""
+        part, step = self._part, self._part.steps[name]
+        merged = name in self._merged
+        checkpoints = part.inputs.labelled.values() if merged else [step.source]
+        for checkpoint in checkpoints:
+            _check_finite(part, name, checkpoint.read(name))
+        parts = (
+            computed(self._merged[name], self._wide)
+            if merged
+            else [(0, step.source.read(name))]
+        )
+        squares = np.zeros(2)
+        for start, array in parts:
+            _check_finite(part, name, array)
+            array = _round(name, array, step.out.dtype)
+            if merged and part.inputs.base is not None:
+                whole = array.shape == step.out.shape
+                rows = ... if whole else (slice(start, start + len(array)),)
+                base = part.inputs.base.read(name, rows)
+                squares += sum_of_squares(base), sum_of_squares(array, minus=base)
+            self._writer.write(name, array, start)
+            self._tell(name, array.nbytes)
+        norms = {}
+        if merged and part.inputs.base is not None:
+            base_norm, task_vector_norm = np.sqrt(squares).tolist()
+            norms = {"base_norm": base_norm, "task_vector_norm": task_vector_norm}
+        self._norms[name] = norms
+        self._writer.complete(name, norms)
+
+    def reports(self) -> dict[str, LeafReport]:
+        """What became of each leaf."""
+        kinds = _kinds(self._part)
         return {
-            name: jax.ShapeDtypeStruct(*checkpoint.leaves[name])
-            for name in _merged_names(steps)
+            name: LeafReport(
+                kinds.get(name, step.treatment),
+                dtype_in=str(step.source.leaves[name].dtype),
+                dtype_out=None if step.treatment == "skipped" else str(step.out.dtype),
+                **self._norms.get(name, {}),
+            )
+            for name, step in self._part.steps.items()
         }
 
-    base = None if inputs.base is None else shapes(inputs.base)
-    models = [shapes(model) for model in inputs.models.values()]
-    like = models[0] if base is None else base
+    def _tell(self, name: str, nbytes: int) -> None:
+        with self._telling:
+            self._bytes += nbytes
+            if self._progress is not None:
+                self._progress(self._bytes, self._total, name)
+
+
+def _call_of(part: Part) -> Callable[[Any, list[Any]], dict[str, Any]]:
+    """The method with all its options: from base and models to the merged leaves."""
+    recipe = part.recipe
+    return part.method.bind(recipe.options, recipe.seed, list(recipe.models))
+
+
+def _merged_leaves(part: Part, memory: int, wide: bool) -> dict[str, Any]:
+    """The leaves that the method makes, computed when they are asked for."""
+    inputs, method = part.inputs, part.method
+    like = inputs.base if method.needs_base else next(iter(inputs.models.values()))
+
+    def leaves(checkpoint: Checkpoint) -> dict[str, StoredLeaf]:
+        return {name: stored(checkpoint, name) for name in part.merged}
+
+    def stored(checkpoint: Checkpoint, name: str) -> StoredLeaf:
+        dtype, out = checkpoint.leaves[name].dtype, part.steps[name].out.dtype
+        if checkpoint is like and dtype != out:
+            # The result has the dtype of this leaf and must not be rounded twice.
+            dtype = np.promote_types(dtype, np.float32)
+        # While one leaf is computed, another may wait to be written.
+        return StoredLeaf(checkpoint, name, memory // 2, dtype)
+
+    base = None if inputs.base is None else leaves(inputs.base)
+    models = [leaves(model) for model in inputs.models.values()]
+    if method.spans_model(part.recipe.options):
+        for name in part.merged:
+            for checkpoint in inputs.labelled.values():
+                _check_finite(part, name, checkpoint.read(name))
+    with precision(wide):
+        if method.holds_model(part.recipe.options):
+            base, models = load((base, models))
+        return _call_of(part)(base, models)
+
+
+def _is_wide(part: Part) -> bool:
+    checkpoints = part.inputs.labelled.values()
+    return any(
+        checkpoint.leaves[name].dtype == np.float64
+        for name in part.merged
+        for checkpoint in checkpoints
+    )
+
+
+def _try_on_shapes(part: Part) -> None:
+    """Runs the method without values, to have its errors before any is read."""
+    base = None if part.inputs.base is None else part.shapes(part.inputs.base)
+    models = [part.shapes(model) for model in part.inputs.models.values()]
     try:
-        with _precision(like.values()):
-            jax.eval_shape(call, base, models)
+        with precision(_is_wide(part)):
+            jax.eval_shape(_call_of(part), base, models)
     except ValueError as error:
-        raise MergeError(f"{recipe.source}: {error}") from error
+        raise MergeError(f"{part.recipe.source}: {error}") from error
 
 
-def _kinds(recipe: Recipe, inputs: Inputs, steps: Mapping[str, Step]) -> dict[str, str]:
+def _check_memory(part: Part, memory: int) -> None:
+    """Refuses a method that needs all leaves at once, if they do not fit."""
+    if not part.method.holds_model(part.recipe.options):
+        return
+    checkpoints = part.inputs.labelled.values()
+    needed = sum(each.leaves[n].nbytes for n in part.merged for each in checkpoints)
+    if needed > memory:
+        raise MergeError(
+            f"{part.recipe.source}: {part.method.name} with these options needs all "
+            f"leaves of all models in memory, {needed:,} bytes, more than the "
+            f"{memory:,} that are allowed: allow more memory, or set scope to 'leaf'."
+        )
+
+
+def _kinds(part: Part) -> dict[str, str]:
     """What becomes of leaves that are no matrices, where only matrices are merged."""
     options = {
-        name: recipe.options.get(name, option.default)
-        for name, option in methods()[recipe.method].options.items()
+        name: part.recipe.options.get(name, option.default)
+        for name, option in part.method.options.items()
         if name in ("others", "matrices", "stack_axes", "fused")
     }
     if "others" not in options:
         return {}
-    shapes = {
-        name: jax.ShapeDtypeStruct(*inputs.like.leaves[name])
-        for name in _merged_names(steps)
-    }
-    plan = plan_matrices(shapes, [shapes], method=recipe.method, **options)
+    shapes = part.shapes(part.inputs.like)
+    plan = plan_matrices(shapes, [shapes], method=part.method.name, **options)
     return dict.fromkeys(plan.rest, f"no matrix: {plan.others}")
 
 
-def _merged_names(steps: Mapping[str, Step]) -> list[str]:
-    return [name for name, step in steps.items() if step.treatment == "merged"]
+def _identity(part: Part) -> dict[str, Any]:
+    """What tells this merge from others into the same output, apart from values."""
+    recipe = part.recipe
+    return {
+        "the recipe": describe(recipe) | {"names": list(recipe.models)},
+        "the inputs": {
+            label: str(checkpoint.path.resolve())
+            for label, checkpoint in part.inputs.labelled.items()
+        },
+        "the output": {
+            name: [list(info.shape), str(info.dtype)]
+            for name, info in part.written.items()
+        },
+        "the version of jaxmerge": jaxmerge.__version__,
+    }
 
 
-def _arrays_out(
-    recipe: Recipe, inputs: Inputs, steps: Mapping[str, Step], call: _Call
-) -> Iterator[tuple[str, np.ndarray, dict[str, float]]]:
-    """Yields the name, the values and the norms of every leaf to write."""
-    for name, step in steps.items():
-        if step.treatment not in ("merged", "skipped"):
-            array = step.source.read(name)
-            _check_finite(recipe, inputs, name, [array])
-            yield name, _round(name, array, step.out.dtype), {}
-
-    names = _merged_names(steps)
-    whole = methods()[recipe.method].needs_whole_model(recipe.options)
-    for group in [names] if whole else [[name] for name in names]:
-        merged = _merge_group(recipe, inputs, {n: steps[n] for n in group}, call)
-        for name in group:
-            array = np.asarray(merged.pop(name))
-            _check_finite(recipe, inputs, name, [array])
-            array = _round(name, array, steps[name].out.dtype)
-            yield name, array, _norms(inputs, name, array)
+def _hash(inputs: Inputs, writer: Writer) -> dict[str, dict[str, str]]:
+    """The SHA-256 of all files of all inputs, by path of the checkpoint."""
+    by_path = {str(each.path): each for each in inputs.labelled.values()}
+    digests = {path: checkpoint.digest() for path, checkpoint in by_path.items()}
+    if _INPUTS not in writer.done:
+        writer.complete(_INPUTS, digests)
+    return digests
 
 
-def _check_finite(
-    recipe: Recipe, inputs: Inputs, name: str, arrays: Sequence[np.ndarray]
-) -> None:
-    if any(is_float(array) and not math.isfinite(norm(array)) for array in arrays):
-        raise MergeError(_explain_not_finite(recipe, inputs, name))
-
-
-def _merge_group(
-    recipe: Recipe, inputs: Inputs, steps: Mapping[str, Step], call: _Call
-) -> dict[str, Any]:
-    def read(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-        return {name: checkpoint.read(name) for name in steps}
-
-    base = None if inputs.base is None else read(inputs.base)
-    models = [read(model) for model in inputs.models.values()]
-    everyone = models if base is None else [base, *models]
-    for name in steps:
-        # Methods that compare magnitudes would drop a NaN without a trace.
-        _check_finite(recipe, inputs, name, [leaves[name] for leaves in everyone])
-    like = everyone[0] if methods()[recipe.method].needs_base else models[0]
-    for name, leaf in like.items():
-        # The result has the dtype of these leaves and must not be rounded twice.
-        if leaf.dtype != steps[name].out.dtype:
-            like[name] = leaf.astype(np.promote_types(leaf.dtype, np.float32))
-    with _precision(like.values()):
-        return jax.device_get(call(base, models))
-
-
-def _precision(leaves: Iterable[Any]) -> contextlib.AbstractContextManager[Any]:
-    """Switches float64 on, which JAX has off, where a leaf needs it."""
-    wide = any(leaf.dtype == np.float64 for leaf in leaves)
-    return jax.enable_x64(True) if wide else contextlib.nullcontext()
+def _go_on(writer: Writer, digests: Callable[[], dict[str, dict[str, str]]]) -> None:
+    """Makes sure that what an interrupted merge wrote comes from these inputs."""
+    if not writer.done:
+        return
+    before = writer.done.get(_INPUTS)
+    if before is None:
+        # It did not come far enough to know what it read.
+        writer.start_anew()
+    elif before != (now := digests()):
+        changed = next(path for path in now if now[path] != before.get(path))
+        raise CheckpointError(
+            f"{changed} is not what it was when the merge into {writer.path} was "
+            "interrupted. Bring it back, or remove what was written, "
+            f"{writer.unfinished}, to start anew."
+        )
 
 
 def _round(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -216,7 +313,7 @@ def _round(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
         return array
     with np.errstate(over="ignore"):
         rounded = array.astype(dtype)
-    if math.isfinite(norm(array)) and not math.isfinite(norm(rounded)):
+    if not all_finite(rounded):
         largest = np.max(np.abs(array))
         raise MergeError(
             f"leaf {name!r} has entries up to {largest:g}, too large for {dtype}; "
@@ -225,16 +322,17 @@ def _round(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return rounded
 
 
-def _norms(inputs: Inputs, name: str, array: np.ndarray) -> dict[str, float]:
-    if inputs.base is None:
-        return {}
-    base = inputs.base.read(name)
-    return {"base_norm": norm(base), "task_vector_norm": norm(array, minus=base)}
+def _check_finite(part: Part, name: str, array: np.ndarray) -> None:
+    """Raises if a leaf is not finite: methods that rank entries would drop a NaN."""
+    if is_float(array) and not all_finite(array):
+        raise MergeError(_explain_not_finite(part, name))
 
 
-def _explain_not_finite(recipe: Recipe, inputs: Inputs, name: str) -> str:
+def _explain_not_finite(part: Part, name: str) -> str:
     counts = []
-    for label, checkpoint in inputs.labelled.items():
+    for label, checkpoint in part.inputs.labelled.items():
+        if name not in checkpoint.leaves:
+            continue
         leaf = checkpoint.read(name)
         nans, infs = int(np.isnan(leaf).sum()), int(np.isinf(leaf).sum())
         kinds = [f"{n} {kind}" for n, kind in ((nans, "NaN"), (infs, "inf")) if n]
@@ -244,9 +342,10 @@ def _explain_not_finite(recipe: Recipe, inputs: Inputs, name: str) -> str:
         f"{'; '.join(counts)}. Repair the checkpoint, leave the model out, or take "
         "the leaf from a checkpoint where it is finite, with a rule under `take`."
         if counts
-        else f"all inputs are finite, so the options of {recipe.method} are too large."
+        else "all inputs are finite, so the options of "
+        f"{part.method.name} are too large."
     )
-    return f"{recipe.source}: leaf {name!r} comes out not finite: {reason}"
+    return f"{part.recipe.source}: leaf {name!r} comes out not finite: {reason}"
 
 
 def _sidecars(recipe: Recipe, inputs: Inputs) -> dict[str, bytes | Path]:
@@ -268,8 +367,3 @@ def _sidecars(recipe: Recipe, inputs: Inputs) -> dict[str, bytes | Path]:
 
 def _json(content: Any) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
-
-
-def _digests(inputs: Inputs) -> dict[Path, dict[str, str]]:
-    by_path = {each.path: each for each in inputs.labelled.values()}
-    return {path: checkpoint.digest() for path, checkpoint in by_path.items()}

@@ -4,10 +4,12 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from jaxmerge.checkpoints import Checkpoint, LeafInfo, open_checkpoint
 from jaxmerge.recipes import Recipe, rules_in
+from jaxmerge.registry import Method, methods
 from jaxmerge.tree import first_match, is_factor, is_float
 
 _SHOWN = 20
@@ -59,6 +61,41 @@ class Step(NamedTuple):
     treatment: str
     source: Checkpoint
     out: LeafInfo
+
+
+class Part(NamedTuple):
+    """Leaves that one method makes of one set of checkpoints.
+
+    Attributes:
+        recipe: the method, its options, and the names of the models.
+        inputs: the checkpoints, with the names that leaves have in the output.
+        steps: what becomes of each leaf.
+    """
+
+    recipe: Recipe
+    inputs: Inputs
+    steps: dict[str, Step]
+
+    @property
+    def method(self) -> Method:
+        """The method of the recipe."""
+        return methods()[self.recipe.method]
+
+    @property
+    def merged(self) -> list[str]:
+        """The names of the leaves that the method makes."""
+        return [n for n, step in self.steps.items() if step.treatment == "merged"]
+
+    @property
+    def written(self) -> dict[str, LeafInfo]:
+        """Shape and dtype of each leaf of the output."""
+        steps = self.steps.items()
+        return {n: step.out for n, step in steps if step.treatment != "skipped"}
+
+    def shapes(self, checkpoint: Checkpoint) -> dict[str, jax.ShapeDtypeStruct]:
+        """The leaves that are merged, as a checkpoint has them."""
+        leaves = checkpoint.leaves
+        return {name: jax.ShapeDtypeStruct(*leaves[name]) for name in self.merged}
 
 
 def open_inputs(recipe: Recipe) -> Inputs:

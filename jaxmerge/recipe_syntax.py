@@ -12,6 +12,7 @@ Place = tuple[str | int, ...]
 
 # YAML 1.1 reads 1e-3 as text, 1:30 as 90 and 010 as 8; this is what people mean.
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(?:([kmgt])(i?))?b", re.IGNORECASE)
 _ADVICE = "regular expressions need quotes in YAML"
 
 
@@ -93,6 +94,26 @@ def unknown(what: str, name: object, valid: Sequence[str], of: str = "") -> str:
     if close:
         return f"unknown {what} {name!r}{of}; did you mean {close[0]!r}?"
     return f"unknown {what} {name!r}{of}; there are {', '.join(valid) or 'none'}"
+
+
+def size_in_bytes(size: Any) -> int:
+    """The number of bytes in a size as people write it.
+
+    Raises:
+        ValueError: it is none; the message says what it is.
+
+    Example:
+        >>> size_in_bytes("1.5 GB"), size_in_bytes("2MiB"), size_in_bytes(7)
+        (1500000000, 2097152, 7)
+    """
+    if type(size) is int:
+        return size
+    match = _SIZE.fullmatch(str(size))
+    if match is None:
+        raise ValueError(f"{size!r}; write a size such as 5GB or 500MiB")
+    number, prefix, binary = match.groups()
+    power = " kmgt".index(prefix.lower()) if prefix else 0
+    return int(float(number) * (1024 if binary else 1000) ** power)
 
 
 def _format(line: int | None, message: str, source: str) -> str:

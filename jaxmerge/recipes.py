@@ -40,6 +40,7 @@ from jaxmerge.recipe_syntax import (
     RecipeError,
     raise_problems,
     read_yaml,
+    size_in_bytes,
     unknown,
 )
 from jaxmerge.registry import Method, methods
@@ -64,7 +65,6 @@ _IN_WORDS = {
     str: "text",
     NoneType: "null",
 }
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(?:([kmgt])(i?))?b", re.IGNORECASE)
 
 _Misplaced = tuple[Place, str]
 """Where something is wrong in a recipe, and what."""
@@ -209,21 +209,11 @@ def _fields(
         problems.append((("seed",), f"{message}; remove it"))
     if "max_shard_size" in recipe:
         size = recipe["max_shard_size"]
-        match = _SIZE.fullmatch(str(size))
-        if type(size) is int:
-            fields["max_shard_bytes"] = size
-        elif match:
-            fields["max_shard_bytes"] = _size(match)
-        else:
-            message = f"max_shard_size is {size!r}; write a size such as 5GB or 500MiB"
-            problems.append((("max_shard_size",), message))
+        try:
+            fields["max_shard_bytes"] = size_in_bytes(size)
+        except ValueError as error:
+            problems.append((("max_shard_size",), f"max_shard_size is {error}"))
     return fields
-
-
-def _size(match: re.Match[str]) -> int:
-    number, prefix, binary = match.groups()
-    power = " kmgt".index(prefix.lower()) if prefix else 0
-    return int(float(number) * (1024 if binary else 1000) ** power)
 
 
 def _models(

@@ -41,6 +41,8 @@ class Method(NamedTuple):
         max_models: the largest number of models, None for any number.
         gathers: whether entries that are sharded must come together for it: rows that
             are sorted, or whole matrices.
+        two_phases: whether, to rank the entries of a whole model, it first looks at
+            leaf after leaf for a few numbers; if not, it holds the model.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Method(NamedTuple):
     symmetric: bool
     max_models: int | None
     gathers: bool
+    two_phases: bool
 
     @property
     def summary(self) -> str:
@@ -127,10 +130,14 @@ class Method(NamedTuple):
 
         return call
 
-    def needs_whole_model(self, options: Mapping[str, Any]) -> bool:
-        """Whether no leaf can be merged before all leaves are known."""
+    def spans_model(self, options: Mapping[str, Any]) -> bool:
+        """Whether a leaf depends on all others."""
         default = next(iter(self.scopes), None)
         return options.get("scope", default) == "model"
+
+    def holds_model(self, options: Mapping[str, Any]) -> bool:
+        """Whether all leaves of all models must be in memory at once."""
+        return self.spans_model(options) and not self.two_phases
 
     @property
     def parameters(self) -> dict[str, Parameter]:
@@ -154,13 +161,22 @@ def register(
     symmetric: bool = True,
     max_models: int | None = None,
     gathers: bool = False,
+    two_phases: bool = True,
 ) -> Callable[[F], F]:
     """Registers the decorated function as a merge method under its own name."""
 
     def add(function: F) -> F:
         name = function.__name__
         _METHODS[name] = Method(
-            name, function, paper, link, identity, symmetric, max_models, gathers
+            name,
+            function,
+            paper,
+            link,
+            identity,
+            symmetric,
+            max_models,
+            gathers,
+            two_phases,
         )
         return function
 

@@ -61,22 +61,15 @@ def merge_report(
         seconds: how long it took.
     """
 
-    def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    def source(checkpoint: Checkpoint) -> dict[str, Any]:
         path = checkpoint.path
-        return {"path": str(path.resolve()), "sha256": dict(digests[path])}
+        return {"path": str(path.resolve()), "sha256": dict(digests[str(path)])}
 
-    defaults = methods()[recipe.method].options
-    options = {n: p.default for n, p in defaults.items()} | dict(recipe.options)
     return {
         "recipe": recipe.text or None,
-        "method": recipe.method,
-        "options": {name: _plain(value) for name, value in options.items()},
-        "seed": recipe.seed,
-        "dtype": recipe.dtype,
-        "take": dict(recipe.take),
-        "max_shard_bytes": recipe.max_shard_bytes,
-        "base": None if base is None else describe(base),
-        "models": [{"name": name, **describe(model)} for name, model in models.items()],
+        **describe(recipe),
+        "base": None if base is None else source(base),
+        "models": [{"name": name, **source(model)} for name, model in models.items()],
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {
             "jaxmerge": jaxmerge.__version__,
@@ -95,23 +88,35 @@ def merge_report(
     }
 
 
-def norm(array: np.ndarray, minus: np.ndarray | None = None) -> float:
-    """The Euclidean norm of `array`, or of `array - minus`, in float64.
+def describe(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe says, apart from checkpoints, with all defaults; ready for JSON."""
+    defaults = methods()[recipe.method].options
+    options = {n: p.default for n, p in defaults.items()} | dict(recipe.options)
+    return {
+        "method": recipe.method,
+        "options": {name: _plain(value) for name, value in options.items()},
+        "seed": recipe.seed,
+        "dtype": recipe.dtype,
+        "take": dict(recipe.take),
+        "max_shard_bytes": recipe.max_shard_bytes,
+    }
 
-    It is finite if and only if all entries are (in float64: and below 1e150).
+
+def sum_of_squares(array: np.ndarray, minus: np.ndarray | None = None) -> float:
+    """The sum of the squares of `array`, or of `array - minus`, in float64.
 
     Example:
-        >>> norm(np.array([3.0, 5.0]), minus=np.array([0.0, 1.0]))
-        5.0
+        >>> sum_of_squares(np.array([3.0, 5.0]), minus=np.array([0.0, 1.0]))
+        25.0
     """
     flat, total = array.reshape(-1), 0.0
-    with np.errstate(invalid="ignore", over="ignore"):
-        for start in range(0, flat.size, _BLOCK):
-            block = flat[start : start + _BLOCK].astype(np.float64)
-            if minus is not None:
-                block -= minus.reshape(-1)[start : start + _BLOCK].astype(np.float64)
-            total += float(block @ block)
-    return math.sqrt(total)
+    other = None if minus is None else minus.reshape(-1)
+    for start in range(0, flat.size, _BLOCK):
+        block = flat[start : start + _BLOCK].astype(np.float64)
+        if other is not None:
+            block -= other[start : start + _BLOCK]
+        total += float(block @ block)
+    return total
 
 
 def in_background(function: Callable[[], T]) -> "Future[T]":

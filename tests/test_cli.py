@@ -214,14 +214,17 @@ def test_words_of_mergekit_are_translated(runs, capsys):
     assert "here it is called 'base'" in fail(capsys, "merge", path, "out")
 
 
-def test_interruption_leaves_nothing(runs, capsys, monkeypatch):
+def test_an_interrupted_merge_goes_on(runs, capsys, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(writer.Writer, "write", interrupt)
-    assert main(["merge", write_recipe(runs), "out"]) == 130
-    assert "nothing was written" in capsys.readouterr().err
-    assert not [path for path in runs.iterdir() if "out" in path.name]
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.Writer, "write", interrupt)
+        assert main(["merge", write_recipe(runs), "out"]) == 130
+    assert "a merge goes on where it was" in capsys.readouterr().err
+    assert not (runs / "out").exists()
+    assert main(["merge", write_recipe(runs), "out"]) == 0
+    assert not list(runs.glob(".out*"))
 
 
 def test_the_demo_says_what_to_install(runs, capsys, monkeypatch):

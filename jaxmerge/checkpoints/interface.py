@@ -31,9 +31,14 @@ class LeafInfo(NamedTuple):
     dtype: np.dtype
 
     @property
+    def entries(self) -> int:
+        """The number of values."""
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
         """Size of the values in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.entries * self.dtype.itemsize
 
 
 class Checkpoint(Protocol):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import uuid
@@ -14,9 +15,11 @@ import numpy as np
 
 from jaxmerge.checkpoints.huggingface import INDEX_NAME, WEIGHTS_NAME
 from jaxmerge.checkpoints.interface import CheckpointError, LeafInfo
+from jaxmerge.checkpoints.journal import Journal
 from jaxmerge.checkpoints.safetensors import DTYPE_NAMES, DTYPES, Layout, lay_out
 
 MAX_SHARD_BYTES = 5_000_000_000
+_JOURNAL_NAME = "journal.jsonl"
 
 
 class Writer:
@@ -24,8 +27,11 @@ class Writer:
 
     Everything is written into a hidden directory beside `out_dir`, which is synced to
     disk and renamed when the `with` block ends well, and removed when it does not. The
-    memory needed is that of the leaf being written. `write` may be called from several
-    threads, for different leaves.
+    memory needed is that of the values being written. `write` may be called from
+    several threads, for different leaves.
+
+    A writer with an `identity` can be interrupted: if its process dies, the next writer
+    of the same output and identity goes on with the leaves that are not complete.
 
     Args:
         out_dir: the directory to create; it must not exist.
@@ -34,11 +40,17 @@ class Writer:
             files with an index. A larger leaf gets a file of its own.
         metadata: text for the header of each file, next to `{"format": "pt"}`, which
             other loaders expect.
+        identity: what is written, from what: JSON. None if it cannot be told.
+
+    Attributes:
+        done: the leaves that an interrupted writer completed, with its notes on them.
+        unfinished: the directory that becomes the output.
 
     Raises:
         FileExistsError: `out_dir` exists.
         CheckpointError: the disk is too small, a dtype cannot be stored, a leaf is
-            written twice, not at all, or with another shape or dtype than announced.
+            written twice, not at all, or with another shape or dtype than announced;
+            the beginning of an output of another identity is there.
 
     Example:
         >>> import tempfile
@@ -56,6 +68,7 @@ class Writer:
         leaves: Mapping[str, LeafInfo],
         max_shard_bytes: int = MAX_SHARD_BYTES,
         metadata: Mapping[str, str] | None = None,
+        identity: Any = None,
     ):
         self.path = Path(out_dir).absolute()
         self._refuse_existing()
@@ -79,42 +92,65 @@ class Writer:
             for file_name, layout in self._shards.items()
             for name, offset in layout.offsets.items()
         }
-        self._written: set[str] = set()
-        self._hidden = self.path.with_name(
-            f".{self.path.name}.writing-{uuid.uuid4().hex[:8]}"
-        )
-        self._check_free_space()
+        self._missing = {name: info.entries for name, info in self.leaves.items()}
+        self._identity = identity
+        self._journal: Journal | None = None
+        self.done: Mapping[str, Any] = {}
+        ending = "writing-" + uuid.uuid4().hex[:8] if identity is None else "partial"
+        self.unfinished = self.path.with_name(f".{self.path.name}.{ending}")
+        if not self.unfinished.exists():
+            self._check_free_space()
 
-    def write(self, name: str, array: Any) -> None:
-        """Writes one leaf, whatever its memory layout, in C order.
+    def write(self, name: str, array: Any, start: int = 0) -> None:
+        """Writes a leaf, or some rows of it, whatever the memory layout, in C order.
 
         Args:
-            name: a key of the announced leaves, not written before.
-            array: NumPy or JAX array of the announced shape and dtype.
+            name: a key of the announced leaves.
+            array: NumPy or JAX array of the announced dtype; of the announced shape, or
+                of fewer rows (entries of the first axis).
+            start: the first of these rows. Each row is written once.
         """
         if name not in self.leaves:
             raise CheckpointError(
                 f"Leaf {name!r} was not announced to the writer of {self.path}; "
                 "add it to `leaves`."
             )
-        if name in self._written:
+        array = np.asarray(array)
+        shape, dtype = self.leaves[name]
+        fits = array.shape[1:] == shape[1:] and len(array.shape) == len(shape)
+        fits = fits and (not shape or start + len(array) <= shape[0])
+        if array.dtype != dtype or not fits:
+            raise CheckpointError(
+                f"Leaf {name!r} of {self.path} was announced as {dtype}{list(shape)}, "
+                f"but the array is {array.dtype}{list(array.shape)}; "
+                "reshape or cast it before writing."
+            )
+        if array.size > self._missing[name] or (not self._missing[name] and array.size):
             raise CheckpointError(
                 f"Leaf {name!r} of {self.path} is written twice; write each leaf once."
             )
-        array = np.asarray(array)
-        info = LeafInfo(array.shape, array.dtype)
-        if info != self.leaves[name]:
-            shape, dtype = self.leaves[name]
-            raise CheckpointError(
-                f"Leaf {name!r} of {self.path} was announced as {dtype}{list(shape)}, "
-                f"but the array is {info.dtype}{list(info.shape)}; "
-                "reshape or cast it before writing."
-            )
         place = self._places[name]
+        offset = place.offset + start * math.prod(shape[1:]) * dtype.itemsize
         # tobytes would copy the leaf; a flat byte view of C-ordered memory does not.
         flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        _write_at(self._hidden / place.file_name, place.offset, flat.data)
-        self._written.add(name)
+        _write_at(self.unfinished / place.file_name, offset, flat.data)
+        self._missing[name] -= array.size
+
+    def complete(self, name: str, note: Any) -> None:
+        """Notes, for a writer that goes on after an interruption, that a leaf is there.
+
+        Args:
+            name: a leaf of which everything is written.
+            note: what there is to say about it: JSON.
+        """
+        if self._journal is not None:
+            self._journal.add(name, note)
+
+    def start_anew(self) -> None:
+        """Forgets what an interrupted writer completed: it is written again."""
+        if self._journal is not None:
+            self._journal.start_anew()
+        self._missing = {name: info.entries for name, info in self.leaves.items()}
 
     def add_file(self, name: str, content: bytes | str | os.PathLike[str]) -> None:
         """Puts a further file next to the weights.
@@ -123,7 +159,7 @@ class Writer:
             name: its file name in the output.
             content: its bytes, or the path of a file to copy.
         """
-        target = self._hidden / name
+        target = self.unfinished / name
         if Path(name).name != name:
             raise CheckpointError(
                 f"{name!r} is no plain file name; files go directly into {self.path}."
@@ -139,14 +175,24 @@ class Writer:
 
     def __enter__(self) -> Self:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        resumable = self._identity is not None
         try:
-            self._hidden.mkdir()
+            self.unfinished.mkdir(exist_ok=resumable)
+            if resumable:
+                self._go_on()
             for file_name, layout in self._shards.items():
-                _create_file(self._hidden / file_name, layout)
-        except BaseException:
-            self._discard()
+                if not self.done:
+                    _create_file(self.unfinished / file_name, layout)
+        except BaseException as error:
+            self._close(keep=resumable and isinstance(error, CheckpointError))
             raise
         return self
+
+    def _go_on(self) -> None:
+        path = self.unfinished / _JOURNAL_NAME
+        self._journal = Journal(path, self._identity, self._sync_values)
+        self.done = self._journal.done
+        self._missing |= dict.fromkeys(self.leaves.keys() & self.done.keys(), 0)
 
     def __exit__(
         self,
@@ -154,30 +200,41 @@ class Writer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
         try:
             if error is None:
                 self._publish()
+            elif interrupted and self._journal is not None:
+                self._journal.flush()
         finally:
-            self._discard()
+            self._close(keep=interrupted and self._journal is not None)
+
+    def _close(self, keep: bool) -> None:
+        if self._journal is not None:
+            self._journal.close()
+        if not keep:
+            shutil.rmtree(self.unfinished, ignore_errors=True)
+
+    def _sync_values(self) -> None:
+        for file_name in self._shards:
+            _sync(self.unfinished / file_name)
 
     def _publish(self) -> None:
-        if missing := [name for name in self.leaves if name not in self._written]:
+        if missing := [name for name, entries in self._missing.items() if entries]:
             more = f" and {len(missing) - 1} more" if missing[1:] else ""
             raise CheckpointError(
                 f"Leaf {missing[0]!r}{more} of {self.path} was never written; "
                 "the incomplete output was removed."
             )
         if len(self._shards) > 1:
-            (self._hidden / INDEX_NAME).write_text(self._index(), encoding="utf-8")
-        for path in self._hidden.iterdir():
+            (self.unfinished / INDEX_NAME).write_text(self._index(), encoding="utf-8")
+        for path in self.unfinished.iterdir():
             _sync(path)
-        _sync(self._hidden)
+        (self.unfinished / _JOURNAL_NAME).unlink(missing_ok=True)
+        _sync(self.unfinished)
         self._refuse_existing()
-        self._hidden.rename(self.path)
+        self.unfinished.rename(self.path)
         _sync(self.path.parent)
-
-    def _discard(self) -> None:
-        shutil.rmtree(self._hidden, ignore_errors=True)
 
     def _index(self) -> str:
         total_size = sum(info.nbytes for info in self.leaves.values())
@@ -252,7 +309,7 @@ def _plan_shards(
 
 def _create_file(path: Path, layout: Layout) -> None:
     """Writes the head and reserves the space for the values."""
-    with path.open("xb") as file:
+    with path.open("wb") as file:
         if hasattr(os, "posix_fallocate"):
             try:
                 os.posix_fallocate(file.fileno(), 0, layout.nbytes)

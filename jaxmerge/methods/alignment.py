@@ -33,6 +33,7 @@ from jaxmerge.tree import Params
     link="https://arxiv.org/abs/2410.19735",
     identity={"density": 1.0, "others": "average"},
     gathers=True,
+    two_phases=False,
 )
 def knots(
     base: Params,

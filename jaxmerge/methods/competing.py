@@ -39,6 +39,7 @@ from jaxmerge.tree import Params
     paper="Du et al., Parameter Competition Balancing, NeurIPS 2024",
     link="https://arxiv.org/abs/2410.02396",
     identity=None,
+    two_phases=False,
 )
 def pcb(
     base: Params,

@@ -223,6 +223,7 @@ def _stitch(deltas: Sequence[Array], **cuts: Any) -> Array:
 @register(
     paper="Sun et al., Task Arithmetic in Trust Region, ICLR 2025",
     link="https://arxiv.org/abs/2501.15065",
+    two_phases=False,
 )
 def tatr(
     base: Params,

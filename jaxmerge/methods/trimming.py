@@ -38,6 +38,7 @@ from jaxmerge.options import (
     per_model,
     without_effect,
 )
+from jaxmerge.ranking import kth_magnitude_of
 from jaxmerge.registry import register
 from jaxmerge.tree import Params
 
@@ -249,13 +250,10 @@ def _model_thresholds(
     thresholds = []
     for share, model in zip(shares, models, strict=True):
         delta = task_vector(base, model)
-        size = sum(leaf.size for leaf in jax.tree.leaves(delta))
+        size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(delta))
         keep = Count.of(entries(share, size, rounding=rounding))
-        thresholds.append(_kth_magnitude(delta, keep) if size else jnp.zeros(()))
+        thresholds.append(kth_magnitude_of(delta, keep) if size else jnp.zeros(()))
     return thresholds
-
-
-_kth_magnitude = jax.jit(kth_magnitude)
 
 
 def trim_all(

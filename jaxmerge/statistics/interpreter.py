@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxmerge import sharding
-from jaxmerge.statistics import jaxprs, moments
-from jaxmerge.statistics.jaxprs import Body, Equation
+from jaxmerge import jaxprs, sharding
+from jaxmerge.jaxprs import Body, Equation
+from jaxmerge.statistics import moments
 from jaxmerge.statistics.plan import (
     Action,
     Contract,

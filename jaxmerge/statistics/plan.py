@@ -8,9 +8,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from jaxmerge.jaxprs import Body
 from jaxmerge.matrices import MatrixAxes
 from jaxmerge.statistics import views
-from jaxmerge.statistics.jaxprs import Body
 from jaxmerge.statistics.types import Site, Unknown
 from jaxmerge.statistics.views import Layout, Level, Matrices, View
 

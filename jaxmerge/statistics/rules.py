@@ -9,8 +9,8 @@ import math
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
+from jaxmerge.jaxprs import Equation
 from jaxmerge.statistics import views
-from jaxmerge.statistics.jaxprs import Equation
 from jaxmerge.statistics.plan import Contract, Convolve, Place, Record
 from jaxmerge.statistics.types import Unknown
 from jaxmerge.statistics.views import View

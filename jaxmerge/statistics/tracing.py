@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmerge.statistics import jaxprs, views
-from jaxmerge.statistics.jaxprs import Body, Equation, Loop
+from jaxmerge import jaxprs
+from jaxmerge.jaxprs import Body, Equation, Loop
+from jaxmerge.statistics import views
 from jaxmerge.statistics.plan import Place, Plan, Record
 from jaxmerge.statistics.rules import (
     CONSTANT,

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
+from jaxmerge import jaxprs
 from jaxmerge.matrices import MatrixAxes
-from jaxmerge.statistics import jaxprs
 
 
 class Factor(NamedTuple):

@@ -16,9 +16,9 @@ import numpy as np
 from jax import Array
 from jax.extend import core
 
+from jaxmerge import jaxprs
+from jaxmerge.jaxprs import Body, Equation
 from jaxmerge.leafwise import wide
-from jaxmerge.statistics import jaxprs
-from jaxmerge.statistics.jaxprs import Body, Equation
 from jaxmerge.submodules.interception import Mark, keys, listening, mark_of, submodule
 from jaxmerge.tree import Params, is_float, named_leaves
 

@@ -21,7 +21,7 @@ from jax import Array
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend import core
 
-from jaxmerge.statistics.jaxprs import Equation
+from jaxmerge.jaxprs import Equation
 from jaxmerge.tree import Params, named_leaves, rebuild
 
 _listening = contextvars.ContextVar("listening", default=False)

@@ -1,0 +1,110 @@
+"""What of an output is on disk already, so that an interrupted writer can go on."""
+
+import fcntl
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxmerge.checkpoints.interface import CheckpointError
+
+SECONDS_BETWEEN_SYNCS = 5.0
+
+
+class Journal:
+    """A file that names the leaves that are complete, with a note on each.
+
+    A leaf is in it only after its values are on disk, also if the machine fails.
+
+    Args:
+        path: the file; made if it is not there.
+        identity: what is being written, from what: JSON. An existing journal must have
+            the same.
+        sync: called to bring values to disk before the journal says that they are.
+
+    Attributes:
+        done: name of a complete leaf -> the note on it.
+
+    Raises:
+        CheckpointError: the journal is of something else, or in use.
+    """
+
+    def __init__(self, path: Path, identity: Any, sync: Callable[[], None]):
+        self.path, self._sync = path, sync
+        self._file = path.open("a+", encoding="utf-8")
+        try:
+            self._lock()
+            self.done = self._read(identity)
+        except BaseException:
+            self._file.close()
+            raise
+        self._identity = identity
+        self._pending: list[str] = []
+        self._synced = time.monotonic()
+        self._adding = threading.Lock()
+
+    def start_anew(self) -> None:
+        """Forgets what is complete."""
+        self.done.clear()
+        self._file.truncate(0)
+        self._append([json.dumps(self._identity)])
+
+    def add(self, name: str, note: Any) -> None:
+        """Notes that a leaf is complete; sooner or later, as syncing takes time."""
+        with self._adding:
+            self._pending.append(json.dumps([name, note]))
+            if time.monotonic() - self._synced >= SECONDS_BETWEEN_SYNCS:
+                self.flush()
+
+    def flush(self) -> None:
+        """Brings everything that is complete to disk."""
+        if self._pending:
+            self._sync()
+            self._append(self._pending)
+            self._pending = []
+        self._synced = time.monotonic()
+
+    def close(self) -> None:
+        """Lets go of the file."""
+        self._file.close()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"{self.path.parent} is being written by another process; wait for "
+                "it, or choose another name for the output."
+            ) from None
+
+    def _read(self, identity: Any) -> dict[str, Any]:
+        self._file.seek(0)
+        # The last line is cut off where the writing of it was interrupted.
+        lines = [x for x in self._file.read().splitlines(True) if x.endswith("\n")]
+        self._file.seek(0)
+        self._file.truncate()
+        self._append([line.rstrip("\n") for line in lines] or [json.dumps(identity)])
+        if lines and json.loads(lines[0]) != json.loads(json.dumps(identity)):
+            raise CheckpointError(
+                f"{self.path.parent} holds the beginning of another output of this "
+                f"name: {_difference(json.loads(lines[0]), identity)}. Go on with "
+                "that one as it was, or remove the directory to start anew."
+            )
+        return dict(json.loads(line) for line in lines[1:])
+
+    def _append(self, lines: list[str]) -> None:
+        self._file.write("".join(line + "\n" for line in lines))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def _difference(before: Any, now: Any) -> str:
+    """Which entry of an identity has changed."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in dict.fromkeys((*before, *now)):
+            if before.get(key) != json.loads(json.dumps(now.get(key))):
+                return f"{key} changed since"
+    return "it was made from something else"

@@ -1,0 +1,209 @@
+"""Leaves that are read or computed when they are asked for, whole or by rows.
+
+A merge method that gets a tree of them returns a tree of them: nothing is read before
+someone wants the result, leaf by leaf and, where a leaf is large, some rows at a time.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, Protocol, TypeGuard, runtime_checkable
+
+import jax
+import numpy as np
+
+from jaxmerge.slicing import Reader, Sliced
+
+
+@runtime_checkable
+class LazyLeaf(Protocol):
+    """Stands for an array in a tree of parameters."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    @property
+    def memory(self) -> int:
+        """How many bytes may be in use at a time, about, to read or compute it."""
+        ...
+
+    @property
+    def cost(self) -> int:
+        """How many bytes are in use when the whole array is read, about."""
+        ...
+
+    def read(self) -> Any:
+        """The whole array."""
+        ...
+
+    def reader(self) -> Reader:
+        """What reads some rows of the array."""
+        ...
+
+
+def is_lazy(leaf: Any) -> TypeGuard[LazyLeaf]:
+    """Whether a leaf of a tree stands for an array that is not there yet."""
+    return isinstance(leaf, LazyLeaf)
+
+
+def any_lazy(tree: Any) -> bool:
+    """Whether there is a lazy leaf in a tree."""
+    return any(map(is_lazy, jax.tree.leaves(tree)))
+
+
+def load(tree: Any) -> Any:
+    """The tree with all its lazy leaves read."""
+    return jax.tree.map(lambda leaf: leaf.read() if is_lazy(leaf) else leaf, tree)
+
+
+def as_shapes(tree: Any) -> Any:
+    """The tree with the shapes of its lazy leaves in their place."""
+
+    def shape_of(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_lazy(leaf) else leaf
+
+    return jax.tree.map(shape_of, tree)
+
+
+def slices(leaf: Any) -> Iterator[tuple[int, Any]]:
+    """All rows of a leaf, as many at a time as its memory allows.
+
+    A lazy leaf that fits comes whole, and so does one without rows, or one that is an
+    array already.
+
+    Yields:
+        The number of the first row, and the rows.
+    """
+    if not is_lazy(leaf):
+        yield 0, leaf
+        return
+    if leaf.cost <= leaf.memory or not leaf.shape or leaf.shape[0] == 1:
+        yield 0, leaf.read()
+        return
+    read, step = leaf.reader(), max(1, leaf.memory * leaf.shape[0] // leaf.cost)
+    for start in range(0, leaf.shape[0], step):
+        yield start, read(start, min(start + step, leaf.shape[0]))
+
+
+class Deferred:
+    """One leaf of the result of a function some of whose arguments are lazy.
+
+    Args:
+        run: the function, compiled for whole arrays.
+        function: the same, to be traced: it is computed by rows.
+        arguments: pytrees, what both are called with. Lazy leaves in them all have
+            equally many rows.
+        key: tells functions apart that are called with the same types of arguments.
+        like: the shape and dtype of the result.
+        index: which leaf of the result it is.
+    """
+
+    def __init__(
+        self,
+        run: Callable[..., Any],
+        function: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        key: Hashable,
+        like: Any,
+        index: int = 0,
+    ):
+        self.shape, self.dtype = tuple(like.shape), like.dtype
+        self._run, self._function, self._arguments = run, function, arguments
+        self._key, self._index = key, index
+        self._lazy = [x for x in jax.tree.leaves(arguments) if is_lazy(x)]
+        self._rows = self._lazy[0].shape[0] if self._lazy[0].shape else 1
+        self.memory = min(leaf.memory for leaf in self._lazy)
+
+    @property
+    def cost(self) -> int:
+        """That of its arguments, and each of them and the result in float32."""
+        entries = max(math.prod(leaf.shape) for leaf in self._lazy)
+        return sum(x.cost for x in self._lazy) + 4 * entries * (len(self._lazy) + 1)
+
+    def read(self) -> Any:
+        return jax.tree.leaves(self._run(*load(self._arguments)))[self._index]
+
+    def reader(self) -> Reader:
+        """What reads some rows, after it measured what they depend on."""
+        return self._by_rows()[self._index]
+
+    def all(self) -> list[Any]:
+        """The values of all leaves of the result, which have no rows."""
+        if self._rows == 1 or self.cost <= self.memory:
+            return jax.tree.leaves(self._run(*load(self._arguments)))
+        return self._by_rows()
+
+    def _by_rows(self) -> list[Any]:
+        leaves, structure = jax.tree.flatten(self._arguments)
+        examples = as_shapes(leaves)
+        task = _Task(
+            self._key,
+            structure,
+            types=tuple(map(jax.typeof, examples)),
+            sliced=tuple(map(is_lazy, leaves)),
+            function=self._function,
+            examples=examples,
+        )
+        given = [leaf.reader() if is_lazy(leaf) else leaf for leaf in leaves]
+        rows = max(1, self.memory * self._rows // self.cost)
+        return _sliced(task)(given, rows)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Whole:
+    """An array that can only be computed whole, from lazy leaves (a `LazyLeaf`).
+
+    Attributes:
+        run: the function that computes it.
+        arguments: pytrees, what it is called with.
+        like: the shape and dtype of the result.
+    """
+
+    run: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    like: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.like.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.like.dtype
+
+    @property
+    def memory(self) -> int:
+        return min(x.memory for x in jax.tree.leaves(self.arguments) if is_lazy(x))
+
+    @property
+    def cost(self) -> int:
+        return sum(x.cost for x in jax.tree.leaves(self.arguments) if is_lazy(x))
+
+    def read(self) -> Any:
+        return self.run(*load(self.arguments))
+
+    def reader(self) -> Reader:
+        whole = self.read()
+        return lambda start, stop: whole[start:stop]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """A function to slice, the same for all leaves that are alike."""
+
+    key: Hashable
+    structure: Any
+    types: tuple[Any, ...]
+    sliced: tuple[bool, ...]
+    function: Callable[..., Any] = dataclasses.field(compare=False)
+    examples: list[Any] = dataclasses.field(compare=False)
+
+
+@functools.lru_cache(maxsize=64)
+def _sliced(task: _Task) -> Sliced:
+    arguments = jax.tree.unflatten(task.structure, task.examples)
+    return Sliced(task.function, arguments, task.sliced)

@@ -1,0 +1,407 @@
+"""A function of whole leaves, computed some rows at a time.
+
+Leaves can be larger than the memory that a merge may take. But most of a merge treats
+every row (every index of the first axis) alone; what does not, a threshold or a norm,
+boils the leaf down to a few numbers. So its jaxpr falls apart into steps by rows, and
+barriers, which need whole arrays. Rows come from the same rows of the inputs; what a
+barrier needs is computed by rows and put together, one array at a time. A method does
+not have to know of it.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.extend.random import threefry2x32_p
+
+from jaxmerge.jaxprs import CALLS, called, is_literal
+
+Reader = Callable[[int, int], Any]
+"""Reads the rows of an array from a start to a stop."""
+
+
+class Sliced:
+    """A function of arrays with equally many rows whose results are computed by rows.
+
+    Args:
+        function: of pytrees of arrays.
+        arguments: what it is called with, or the shapes of that.
+        sliced: for each leaf of the arguments, in order, whether it is to be sliced;
+            all these have equally many rows.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        sliced: Sequence[bool],
+    ):
+        self._program = _Program(jax.make_jaxpr(function)(*arguments))
+        numbers = zip(self._program.inputs, sliced, strict=True)
+        self._plan = _plan(self._program, [i for i, cut in numbers if cut])
+        self._compiled: dict[int, Any] = {}
+
+    def __call__(self, leaves: Sequence[Any], rows: int) -> list[Any]:
+        """Measures what rows depend on besides themselves.
+
+        Args:
+            leaves: the leaves of the arguments; of those to slice, a `Reader`.
+            rows: how many rows may be in memory at a time.
+
+        Returns:
+            For each leaf of the result a `Reader`, or its value if it has no rows.
+        """
+        inputs = dict(zip(self._program.inputs, leaves, strict=True))
+        known = self._program.constants | inputs
+
+        def read(value: int, start: int, stop: int) -> Array:
+            run, cut, others = self._by_rows(value)
+            parts = [inputs[i](start, stop) for i in cut]
+            return run(parts, [known[i] for i in others], np.uint32(start))
+
+        for stage in self._plan.stages:
+            for value in stage.gathered:
+                aval = self._program.avals[value]
+                known[value] = _gather(aval, functools.partial(read, value), rows)
+            results = self._settle(stage)([known[i] for i in stage.operands])
+            known |= dict(zip(stage.results, results, strict=True))
+            for value in stage.gathered:
+                del known[value]
+        return [
+            functools.partial(read, i) if i in self._plan.makers else known[i]
+            for i in self._program.outs
+        ]
+
+    def _settle(self, stage: "_Stage") -> Any:
+        """The compiled steps of a stage."""
+        if id(stage) not in self._compiled:
+
+            def run(operands: list[Any]) -> list[Any]:
+                values = dict(zip(stage.operands, operands, strict=True))
+                for step in stage.steps:
+                    step.run(values, [values[i] for i in step.operands])
+                return [values[i] for i in stage.results]
+
+            self._compiled[id(stage)] = jax.jit(run)
+        return self._compiled[id(stage)]
+
+    def _by_rows(self, value: int) -> tuple[Any, list[int], list[int]]:
+        """What computes rows of a value, the inputs cut for it, and what else."""
+        if value not in self._compiled:
+            cut, others, steps = self._plan.way_to(value)
+
+            def run(parts: list[Any], known: list[Any], start: Array) -> Array:
+                count = parts[0].shape[0]
+                values = dict(zip(others, known, strict=True))
+                if value in values:
+                    return lax.dynamic_slice_in_dim(values[value], start, count)
+                values |= dict(zip(cut, parts, strict=True))
+                for step in steps:
+                    rule = self._plan.rules[step]
+                    operands = [
+                        lax.dynamic_slice_in_dim(values[i], start, count)
+                        if i in rule.aligned
+                        else values[i]
+                        for i in step.operands
+                    ]
+                    rule.run(step, values, operands, start, count)
+                return values[value]
+
+            self._compiled[value] = jax.jit(run), cut, others
+        return self._compiled[value]
+
+
+def _gather(aval: Any, read: Reader, rows: int) -> Array:
+    whole = _empty(aval.shape, aval.dtype)
+    for start in range(0, len(whole), rows):
+        stop = min(start + rows, len(whole))
+        whole[start:stop] = read(start, stop)
+    return jax.device_put(whole, may_alias=True)
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array at an address at which JAX can take it over without a copy on a CPU."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+class _Step(NamedTuple):
+    """An equation; values are known by number. Equal steps are one and the same."""
+
+    eqn: Any
+    operands: tuple[int, ...]
+    results: tuple[int, ...]
+
+    def run(self, values: dict[int, Any], operands: Sequence[Any], **changed: Any):
+        """Adds its results to `values`."""
+        results = self.eqn.primitive.bind(*operands, **self.eqn.params | changed)
+        if not self.eqn.primitive.multiple_results:
+            results = [results]
+        values |= dict(zip(self.results, results, strict=True))
+
+
+class _Program:
+    """A jaxpr as one list of steps, without calls.
+
+    Attributes:
+        steps: in order; without those that no result depends on.
+        avals: the type of each value.
+        inputs: the numbers of the inputs.
+        constants: values that are written out or closed over.
+        outs: the numbers of the results.
+    """
+
+    def __init__(self, closed: Any):
+        self.avals: list[Any] = []
+        self.constants: dict[int, Any] = {}
+        self.steps: list[_Step] = []
+        self.inputs = [self._new(v.aval) for v in closed.jaxpr.invars]
+        self.outs = self._walk(closed.jaxpr, closed.consts, self.inputs)
+        used, steps = set(self.outs), []
+        for step in reversed(self.steps):
+            if used.intersection(step.results):
+                used.update(step.operands)
+                steps.append(step)
+        self.steps = steps[::-1]
+
+    def _new(self, aval: Any) -> int:
+        self.avals.append(aval)
+        return len(self.avals) - 1
+
+    def _constant(self, aval: Any, value: Any) -> int:
+        number = self._new(aval)
+        self.constants[number] = value
+        return number
+
+    def _walk(self, jaxpr: Any, consts: Any, inputs: Sequence[int]) -> list[int]:
+        numbers = dict(zip(jaxpr.invars, inputs, strict=True))
+        for var, value in zip(jaxpr.constvars, consts, strict=True):
+            numbers[var] = self._constant(var.aval, value)
+
+        def number(atom: Any) -> int:
+            if is_literal(atom):
+                return self._constant(atom.aval, atom.val)
+            return numbers[atom]
+
+        for eqn in jaxpr.eqns:
+            operands = tuple(map(number, eqn.invars))
+            if eqn.primitive.name in CALLS:
+                results = self._walk(*called(eqn), operands)
+            else:
+                results = [self._new(var.aval) for var in eqn.outvars]
+                self.steps.append(_Step(eqn, operands, tuple(results)))
+            numbers |= dict(zip(eqn.outvars, results, strict=True))
+        return list(map(number, jaxpr.outvars))
+
+
+class _Stage(NamedTuple):
+    """Steps on whole arrays.
+
+    Attributes:
+        gathered: values by rows that must be put together before.
+        steps: what runs then.
+        operands: the values that it takes.
+        results: those of its values that are of use later.
+    """
+
+    gathered: list[int]
+    steps: list[_Step]
+    operands: list[int]
+    results: list[int]
+
+
+class _Rule(NamedTuple):
+    """How a step runs on some rows.
+
+    Attributes:
+        run: `run(step, values, operands, start, count)`.
+        aligned: those of its operands that are whole, of which it takes the same rows.
+    """
+
+    run: Callable[..., None]
+    aligned: frozenset[int]
+
+
+class _Plan(NamedTuple):
+    """Which steps run by rows, and what they need to know of whole arrays.
+
+    Attributes:
+        stages: in the order in which whole arrays become known.
+        rules: the steps by rows.
+        makers: the step that each value by rows comes from; None for inputs.
+    """
+
+    stages: list[_Stage]
+    rules: dict[_Step, _Rule]
+    makers: dict[int, _Step | None]
+
+    def way_to(self, value: int) -> tuple[list[int], list[int], list[_Step]]:
+        """The inputs cut, the whole values and the steps that lead to a value."""
+        cut: dict[int, None] = {}
+        whole: dict[int, None] = {}
+        steps: dict[_Step, None] = {}
+
+        def visit(i: int) -> None:
+            if i not in self.makers:
+                whole[i] = None
+            elif (step := self.makers[i]) is None:
+                cut[i] = None
+            elif step not in steps:
+                for operand in step.operands:
+                    visit(operand)
+                steps[step] = None
+
+        visit(value)
+        # At least one input is read, as its rows tell how many are asked for.
+        inputs = (i for i, step in self.makers.items() if step is None)
+        return list(cut) or [next(inputs)], list(whole), list(steps)
+
+
+def _plan(program: _Program, inputs: Sequence[int]) -> _Plan:
+    rows = program.avals[inputs[0]].shape[0]
+    makers: dict[int, _Step | None] = dict.fromkeys(inputs)
+    rules: dict[_Step, _Rule] = {}
+    groups: list[tuple[list[int], list[_Step]]] = [([], [])]
+    for step in program.steps:
+        if rule := _rule(step, program.avals, makers.keys(), rows):
+            rules[step] = rule
+            makers |= dict.fromkeys(step.results, step)
+            continue
+        if barred := [i for i in dict.fromkeys(step.operands) if i in makers]:
+            groups.append((barred, []))
+        groups[-1][1].append(step)
+    stages = []
+    for gathered, steps in groups:
+        made = [i for step in steps for i in step.results]
+        within = set(steps)
+        later = set(program.outs).union(
+            *(step.operands for step in program.steps if step not in within)
+        )
+        taken = dict.fromkeys(i for step in steps for i in step.operands)
+        stages.append(
+            _Stage(
+                gathered,
+                steps,
+                [i for i in taken if i not in set(made)],
+                [i for i in made if i in later],
+            )
+        )
+    return _Plan(stages, rules, makers)
+
+
+def _rule(
+    step: _Step, avals: Sequence[Any], by_rows: Collection[int], rows: int
+) -> _Rule | None:
+    """How a step runs by rows; None if it needs whole arrays, or no rows."""
+    name, params = step.eqn.primitive.name, step.eqn.params
+    if any(avals[i].shape[:1] != (rows,) for i in step.results):
+        return None
+    shapes = [avals[i].shape for i in step.operands]
+    whole = [i for i in step.operands if i not in by_rows]
+    aligned = frozenset(i for i in whole if avals[i].shape[:1] == (rows,))
+    if name == "random_bits":
+        return _random_rule(params, shapes, avals[step.operands[0]], aligned)
+    if name == "iota":
+        return _Rule(_iota, frozenset())
+    if len(whole) == len(step.operands):
+        created = name == "broadcast_in_dim" and 0 not in params["broadcast_dimensions"]
+        return _Rule(_to_shape("shape"), frozenset()) if created else None
+    if name in _ENTRYWISE:
+        return _Rule(_same, aligned)
+    if name == "broadcast_in_dim" and params["broadcast_dimensions"][:1] == (0,):
+        return _Rule(_to_shape("shape"), frozenset())
+    if name == "reshape" and shapes[0][0] == rows and params["dimensions"] is None:
+        return _Rule(_to_shape("new_sizes"), frozenset())
+    if name in _AXES_OF and 0 not in _AXES_OF[name](params):
+        return _Rule(_same, aligned)
+    if name == "transpose" and params["permutation"][0] == 0:
+        return _Rule(_same, frozenset())
+    return None
+
+
+# fmt: off
+_ENTRYWISE = frozenset({
+    "abs", "acos", "add", "add_any", "and", "asin", "atan", "atan2",
+    "bitcast_convert_type", "cbrt", "ceil", "clamp", "convert_element_type", "copy",
+    "copy_p", "cos", "cosh", "div", "eq", "erf", "exp", "exp2", "expm1", "floor", "ge",
+    "gt", "integer_pow", "is_finite", "le", "log", "log1p", "logistic", "lt", "max",
+    "min", "mul", "ne", "neg", "nextafter", "not", "optimization_barrier", "or",
+    "population_count", "pow", "reduce_precision", "rem", "round", "rsqrt", "select_n",
+    "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin",
+    "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor",
+})
+_REDUCTIONS = (
+    "argmax", "argmin", "reduce_and", "reduce_max", "reduce_min", "reduce_or",
+    "reduce_prod", "reduce_sum", "reduce_xor",
+)
+_CUMULATIVE = ("cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum")
+# fmt: on
+
+_AXES_OF: Mapping[str, Callable[[Mapping[str, Any]], Sequence[int]]] = {
+    **dict.fromkeys(_REDUCTIONS, lambda params: params["axes"]),
+    **dict.fromkeys(_CUMULATIVE, lambda params: (params["axis"],)),
+    "concatenate": lambda params: (params["dimension"],),
+    "sort": lambda params: (params["dimension"],),
+    "squeeze": lambda params: params["dimensions"],
+}
+"""Along which axes a primitive does something; it leaves the others alone."""
+
+
+def _same(
+    step: _Step, values: dict[int, Any], operands: Sequence[Any], start: Any, count: int
+) -> None:
+    step.run(values, operands)
+
+
+def _to_shape(name: str) -> Callable[..., None]:
+    """Runs a step that says in its parameter `name` what shape its result has."""
+
+    def run(step, values, operands, start, count):
+        shape = (count, *step.eqn.params[name][1:])
+        step.run(values, operands, **{name: shape})
+
+    return run
+
+
+def _iota(
+    step: _Step, values: dict[int, Any], operands: Sequence[Any], start: Any, count: int
+) -> None:
+    _to_shape("shape")(step, values, operands, start, count)
+    if step.eqn.params["dimension"] == 0:
+        values[step.results[0]] += start.astype(step.eqn.params["dtype"])
+
+
+def _random_rule(
+    params: Mapping[str, Any], shapes: Sequence[Any], key: Any, aligned: frozenset[int]
+) -> _Rule | None:
+    """Draws of a slice are the slice of all draws.
+
+    Where every row has a key, that is so anyway. Draws from one key are a function of
+    it and of their position alone, if JAX is set to (as it is by default) and draws
+    32 bits with Threefry; other draws are whole.
+    """
+    if shapes[0]:
+        return _Rule(_to_shape("shape"), aligned) if aligned else None
+    counted = jax.config.jax_threefry_partitionable  # type: ignore
+    counted = counted and params["bit_width"] == 32
+    if not counted or "fry" not in str(key.dtype) or np.prod(params["shape"]) >= 2**32:
+        return None
+    return _Rule(_draw, frozenset())
+
+
+def _draw(
+    step: _Step, values: dict[int, Any], operands: Sequence[Any], start: Any, count: int
+) -> None:
+    shape = (count, *step.eqn.params["shape"][1:])
+    size, row = int(np.prod(shape)), int(np.prod(shape[1:]))
+    position = start * np.uint32(row) + jnp.arange(size, dtype=jnp.uint32)
+    first, second = jax.random.key_data(operands[0])
+    bits = threefry2x32_p.bind(first, second, jnp.zeros_like(position), position)
+    values[step.results[0]] = (bits[0] ^ bits[1]).reshape(shape)
