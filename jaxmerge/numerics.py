@@ -1,16 +1,21 @@
 """Exact order statistics without a sort, counts of any size, division with a zero case.
 
 A sort of a sharded array gathers it, and a sort of a model concatenates it. Counting
-does neither: each pass reduces every leaf, in its place, to one number.
+does neither: each pass reduces every leaf, in its place, to a few numbers.
 """
 
+import functools
 import math
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+
+from jaxmerge import sharding
 
 LOW_BITS = 8
 
@@ -49,30 +54,65 @@ def _carry(high: Array, low: Array) -> Count:
     return Count(high + (low >> LOW_BITS), low & ((1 << LOW_BITS) - 1))
 
 
+Sums = Callable[[Sequence[Array], tuple[int, ...]], Sequence[Array]]
+"""A function that sums each of several arrays over the same axes."""
+
+
+def sums_apart(parts: Sequence[Array], axes: tuple[int, ...]) -> Sequence[Array]:
+    """Sums several arrays one by one, which XLA fuses on TPUs and GPUs.
+
+    On a mesh, it all-reduces what each device has summed.
+    """
+    return [jnp.sum(part, axis=axes, dtype=part.dtype) for part in parts]
+
+
+def sums_together(parts: Sequence[Array], axes: tuple[int, ...]) -> Sequence[Array]:
+    """Sums several arrays in one reduction, which is made for CPUs.
+
+    There, XLA writes the operand of each lone sum to memory, which takes five times as
+    long. On a mesh, what each device has summed is gathered instead of all-reduced.
+    """
+    zeros = tuple(np.zeros((), part.dtype) for part in parts)
+    return jax.lax.reduce(tuple(parts), zeros, _add, axes)
+
+
+def _add(x: Sequence[Array], y: Sequence[Array]) -> tuple[Array, ...]:
+    return tuple(a + b for a, b in zip(x, y, strict=True))
+
+
 def count(mask: Array) -> Count:
     """How many entries of a boolean array are true; exact below 2**40.
 
     Raises:
         ValueError: an axis longer than 2**24 in an array of 2**32 entries or more.
     """
-    if mask.size < 2**32:
-        total = jnp.sum(mask, dtype=jnp.uint32)
-        return _carry(jnp.zeros_like(total), total)
-    return _count_by_axes(mask)
+    return _counts([mask], sums_apart)[0]
 
 
-def _count_by_axes(mask: Array) -> Count:
+def _counts(masks: Sequence[Array], sums: Sums) -> list[Count]:
+    """How many entries are true in each of several masks of one shape."""
+    if masks[0].size >= 2**32:
+        return _counts_by_axes(masks, sums)
+    numbers = [mask.astype(jnp.uint32) for mask in masks]
+    totals = sums(numbers, tuple(range(masks[0].ndim)))
+    return [_carry(jnp.zeros_like(total), total) for total in totals]
+
+
+def _counts_by_axes(masks: Sequence[Array], sums: Sums) -> list[Count]:
     # A sum of 2**24 numbers below 2**8 fits into 32 bits, so no axis overflows.
-    if max(mask.shape) > 1 << (32 - LOW_BITS):
+    shape = masks[0].shape
+    if max(shape) > 1 << (32 - LOW_BITS):
         raise ValueError(
-            f"cannot count in shape {mask.shape}: an axis is longer than 2**24; "
+            f"cannot count in shape {shape}: an axis is longer than 2**24; "
             "reshape the leaf to shorter axes."
         )
-    low = mask.astype(jnp.uint32)
-    total = Count(jnp.zeros_like(low), low)
-    for _ in range(mask.ndim):
-        total = _carry(total.high.sum(-1), total.low.sum(-1))
-    return total
+    lows = [mask.astype(jnp.uint32) for mask in masks]
+    totals = [Count(jnp.zeros_like(low), low) for low in lows]
+    for axis in reversed(range(len(shape))):
+        highs = sums([total.high for total in totals], (axis,))
+        lows = sums([total.low for total in totals], (axis,))
+        totals = [_carry(*pair) for pair in zip(highs, lows, strict=True)]
+    return totals
 
 
 def magnitude_bits(x: Array) -> Array:
@@ -87,9 +127,10 @@ def magnitude_bits(x: Array) -> Array:
 def kth_magnitude(tree: Any, k: int | Count) -> Array:
     """The k-th largest magnitude among all entries of all leaves of `tree`, exactly.
 
-    Bisects the bit pattern of the answer from its highest bit down: 15 counting passes
-    for bfloat16 and float16, 31 for float32, 63 for float64. On a mesh, each pass
-    all-reduces one count. Entries that tie count one by one, as in a sort.
+    Settles the bit pattern of the answer from its highest bit down. Each pass over the
+    entries counts those at or above every possible next digit: of 2 bits on CPUs, which
+    makes 16 passes for float32, and of 3 bits elsewhere, 11 passes. On a mesh, a pass
+    communicates 3 or 7 counts. Entries that tie count one by one, as in a sort.
 
     Args:
         tree: a pytree of floating-point arrays (an array is one); leaves of several
@@ -115,7 +156,7 @@ def kth_magnitude(tree: Any, k: int | Count) -> Array:
 def kth_largest(tree: Any, k: int | Count) -> Array:
     """The k-th largest entry among all leaves of `tree`, signs counted; exactly.
 
-    One counting pass more than `kth_magnitude`, and else as that.
+    The bit pattern has one bit more than in `kth_magnitude`; all else is as there.
 
     Example:
         >>> kth_largest(jnp.array([1.0, -4.0, 2.0]), 2).item()
@@ -151,17 +192,44 @@ def _kth_bits(caller: str, bits: list[Array], k: int | Count, width: int) -> Arr
             raise ValueError(f"{caller}: k is {k}, the tree has {size} entries.")
         k = Count.of(int(k))
 
-    def settle_bit(i: Array, found: Array) -> Array:
-        shift = (width - 1 - i).astype(found.dtype)
-        candidate = found | (jnp.ones_like(found) << shift)
-        counts = [count(b >= candidate) for b in bits]
-        total = counts[0]
-        for other in counts[1:]:
-            total = total + other
-        return jnp.where(total >= k, candidate, found)
+    search = functools.partial(settle_digits, width=width)
+    mesh = sharding.mesh_of(*bits)
+    on_cpu = sums_together if mesh is None or mesh.size == 1 else sums_apart
+    # Passes are bound by comparisons on CPUs, by reading from memory elsewhere.
+    return jax.lax.platform_dependent(
+        bits,
+        k,
+        cpu=functools.partial(search, digit_bits=2, sums=on_cpu),
+        default=functools.partial(search, digit_bits=3, sums=sums_apart),
+    )
+
+
+def settle_digits(
+    bits: Sequence[Array], k: Count, *, width: int, digit_bits: int, sums: Sums
+) -> Array:
+    """The k-th largest of all integers below `2**width`, digit by digit.
+
+    Args:
+        bits: arrays of unsigned integers of one dtype.
+        k: from 1 to the number of integers.
+        width: how many bits to settle.
+        digit_bits: how many of them one pass settles, which counts 2**digit_bits - 1
+            times.
+        sums: how to count.
+    """
+
+    def settle_digit(i: Array, found: Array) -> Array:
+        # The last digit overlaps the one before, if its bits are too few.
+        shift = jnp.maximum(width - digit_bits * (i + 1), 0).astype(found.dtype)
+        digits = [jnp.asarray(d, found.dtype) << shift for d in range(1, 2**digit_bits)]
+        found &= ~digits[-1]
+        seen = [_counts([b >= found | digit for digit in digits], sums) for b in bits]
+        totals = [functools.reduce(operator.add, t) for t in zip(*seen, strict=True)]
+        reached = sum((total >= k).astype(found.dtype) for total in totals)
+        return found | (reached << shift)
 
     start = jnp.zeros((), bits[0].dtype)
-    return jax.lax.fori_loop(0, width, settle_bit, start)
+    return jax.lax.fori_loop(0, -(-width // digit_bits), settle_digit, start)
 
 
 def entries(density: float, size: int, *, rounding: str = "floor") -> int:

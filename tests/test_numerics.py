@@ -126,6 +126,59 @@ def test_kth_magnitude_refuses_a_rank_out_of_range():
         kth_magnitude(jnp.ones(3), 4)
 
 
+def awkward(dtype, size=300):
+    """Entries that a search may trip over: by name, arrays of one size."""
+    info, rng = jnp.finfo(dtype), np.random.default_rng(0)
+    normal = rng.standard_normal(size)
+    mixed = rng.choice([0.0, -0.0, np.inf, -np.inf, float(info.max)], size)
+    cases = {
+        "equal": np.full(size, 3.0),
+        "zeros": np.zeros(size),
+        "tied": np.round(normal * 2) / 8,
+        "sparse": np.where(rng.random(size) < 0.9, 0, normal),
+        "subnormal": np.round(normal * 8) * float(info.smallest_subnormal),
+        "of all sizes": rng.choice([-1, 1], size) * 2.0 ** rng.uniform(-20, 15, size),
+        "infinite": mixed,
+        "not a number": np.where(np.arange(size) % 3, normal, np.nan),
+    }
+    return {name: values.astype(dtype) for name, values in cases.items()}
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, np.float64])
+def test_kth_magnitude_and_kth_largest_of_awkward_entries(dtype):
+    with jax.enable_x64(dtype == np.float64):
+        for name, x in awkward(dtype).items():
+            for search, ranked in ((_kth, np.abs(x)), (_kth_largest, x)):
+                # NumPy sorts NaN to the end, above infinity.
+                ranked = np.sort(ranked.astype(np.float64))[::-1]
+                for k in (1, 2, 60, 150, 270, 299, 300):
+                    got = np.asarray(search(x, Count.of(k)), np.float64)
+                    np.testing.assert_array_equal(got, ranked[k - 1], err_msg=name)
+
+
+@pytest.mark.parametrize("digit_bits", [1, 2, 3])
+@pytest.mark.parametrize("sums", [numerics.sums_apart, numerics.sums_together])
+@pytest.mark.parametrize(("width", "dtype"), [(15, np.uint16), (32, np.uint32)])
+def test_every_search_settles_all_bits(digit_bits, sums, width, dtype):
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 1 << width, 40).astype(dtype)
+    bits[:4] = 0, 1, (1 << width) - 1, (1 << width) - 1
+    search = jax.jit(
+        functools.partial(
+            numerics.settle_digits, width=width, digit_bits=digit_bits, sums=sums
+        )
+    )
+    halves = [jnp.asarray(bits[:25]), jnp.asarray(bits[25:])]
+    got = [int(search(halves, Count.of(k))) for k in range(1, 41)]
+    assert got == np.sort(bits)[::-1].tolist()
+
+
+def test_kth_magnitude_stores_no_masks(optimised):
+    x = jnp.zeros((256, 1024))
+    compiled = jax.jit(lambda x, k: kth_magnitude(x, k)).lower(x, Count.of(9)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.1 * x.nbytes
+
+
 def test_kth_magnitude_on_a_mesh_communicates_counts_alone(mesh):
     x = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
     placed = jax.device_put(x, NamedSharding(mesh, P("data", "model")))
@@ -155,7 +208,7 @@ def test_a_share_of_a_count_is_rounded_down(number, density):
 @properties
 @given(hnp.arrays(bool, hnp.array_shapes(max_dims=4, max_side=9)))
 def test_counting_axis_by_axis_equals_a_sum(mask):
-    got = numerics._count_by_axes(jnp.asarray(mask))
+    got = numerics._counts_by_axes([jnp.asarray(mask)], numerics.sums_apart)[0]
     assert int(got.high) * 256 + int(got.low) == mask.sum()
 
 
