@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxmerge.slicing import Reader, Sliced
 
@@ -25,6 +26,11 @@ class LazyLeaf(Protocol):
 
     @property
     def dtype(self) -> np.dtype: ...
+
+    @property
+    def sharding(self) -> NamedSharding | None:
+        """How it lies on a mesh when it is read; then it is read whole."""
+        ...
 
     @property
     def memory(self) -> int:
@@ -81,12 +87,18 @@ def slices(leaf: Any) -> Iterator[tuple[int, Any]]:
     if not is_lazy(leaf):
         yield 0, leaf
         return
-    if leaf.cost <= leaf.memory or not leaf.shape or leaf.shape[0] == 1:
+    if _comes_whole(leaf, leaf.shape):
         yield 0, leaf.read()
         return
     read, step = leaf.reader(), max(1, leaf.memory * leaf.shape[0] // leaf.cost)
     for start in range(0, leaf.shape[0], step):
         yield start, read(start, min(start + step, leaf.shape[0]))
+
+
+def _comes_whole(leaf: LazyLeaf, shape: tuple[int, ...]) -> bool:
+    """Whether what a leaf is computed from, of this shape, is best read at once."""
+    fits = leaf.cost <= leaf.memory or leaf.sharding is not None
+    return fits or not shape or shape[0] == 1
 
 
 class Deferred:
@@ -115,8 +127,8 @@ class Deferred:
         self._run, self._function, self._arguments = run, function, arguments
         self._key, self._index = key, index
         self._lazy = [x for x in jax.tree.leaves(arguments) if is_lazy(x)]
-        self._rows = self._lazy[0].shape[0] if self._lazy[0].shape else 1
         self.memory = min(leaf.memory for leaf in self._lazy)
+        self.sharding = self._lazy[0].sharding
 
     @property
     def cost(self) -> int:
@@ -133,7 +145,7 @@ class Deferred:
 
     def all(self) -> list[Any]:
         """The values of all leaves of the result, which have no rows."""
-        if self._rows == 1 or self.cost <= self.memory:
+        if _comes_whole(self, self._lazy[0].shape):
             return jax.tree.leaves(self._run(*load(self._arguments)))
         return self._by_rows()
 
@@ -149,7 +161,7 @@ class Deferred:
             examples=examples,
         )
         given = [leaf.reader() if is_lazy(leaf) else leaf for leaf in leaves]
-        rows = max(1, self.memory * self._rows // self.cost)
+        rows = max(1, self.memory * self._lazy[0].shape[0] // self.cost)
         return _sliced(task)(given, rows)
 
 
@@ -176,12 +188,20 @@ class Whole:
         return self.like.dtype
 
     @property
+    def sharding(self) -> NamedSharding | None:
+        return self._lazy[0].sharding
+
+    @property
     def memory(self) -> int:
-        return min(x.memory for x in jax.tree.leaves(self.arguments) if is_lazy(x))
+        return min(leaf.memory for leaf in self._lazy)
 
     @property
     def cost(self) -> int:
-        return sum(x.cost for x in jax.tree.leaves(self.arguments) if is_lazy(x))
+        return sum(leaf.cost for leaf in self._lazy)
+
+    @property
+    def _lazy(self) -> list[LazyLeaf]:
+        return [leaf for leaf in jax.tree.leaves(self.arguments) if is_lazy(leaf)]
 
     def read(self) -> Any:
         return self.run(*load(self.arguments))

@@ -6,17 +6,26 @@ value is read. A merge that was interrupted goes on where it was when it is run 
 
 import json
 import os
+import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxmerge
-from jaxmerge.checkpoints import REPORT_NAME, Checkpoint, CheckpointError, Writer
+from jaxmerge import hosts
+from jaxmerge.checkpoints import (
+    REPORT_NAME,
+    Checkpoint,
+    CheckpointError,
+    Index,
+    Writer,
+)
 from jaxmerge.lazy import load
 from jaxmerge.matrixwise import plan_matrices
 from jaxmerge.planning import Inputs, MergeError, Part, open_inputs, plan_leaves
@@ -28,7 +37,15 @@ from jaxmerge.reports import (
     merge_report,
     sum_of_squares,
 )
-from jaxmerge.streaming import StoredLeaf, all_finite, computed, precision, stream
+from jaxmerge.sharding import shardings, spread_evenly
+from jaxmerge.streaming import (
+    StoredLeaf,
+    all_finite,
+    computed,
+    own_parts,
+    precision,
+    stream,
+)
 from jaxmerge.tree import is_float
 
 Progress = Callable[[int, int, str], None]
@@ -43,6 +60,8 @@ def merge_checkpoints(
     out: str | os.PathLike[str],
     *,
     memory: int = MEMORY,
+    mesh: Mesh | None = None,
+    rules: Mapping[str, PartitionSpec] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Merges checkpoints into a new one.
@@ -54,10 +73,18 @@ def merge_checkpoints(
     If the process dies, or is interrupted, the same merge into the same output goes on
     with the leaves that are not there yet.
 
+    On a mesh, leaves are spread over its devices. Several processes that have called
+    `jax.distributed.initialize` all call this, with a mesh of all their devices: each
+    reads the parts of leaves that its devices hold, and writes its share of the output,
+    in a directory that all of them see.
+
     Args:
         recipe: what to merge, and how.
         out: the directory to create; it must not exist.
         memory: about how many bytes values may take, beside what the program needs.
+        mesh: the devices to merge on; by default the first one.
+        rules: from patterns of leaf paths to how leaves are sharded on the mesh; by
+            default, and where none matches, into equal parts along the longest axes.
         progress: called whenever something was written.
 
     Returns:
@@ -70,6 +97,7 @@ def merge_checkpoints(
             beginning of another merge into `out` is there.
         MergeError: leaves that are not alike, options that do not fit, or a result
             that is not finite. Nothing is left behind.
+        OtherHostError: another process raised one of these.
 
     Example:
         >>> import pathlib, tempfile
@@ -89,14 +117,21 @@ def merge_checkpoints(
         )
     inputs = open_inputs(recipe)
     part = Part(recipe, inputs, plan_leaves(recipe, inputs))
+    placed = _shardings(part, mesh, rules)
     _try_on_shapes(part)
     _check_memory(part, memory)
     sidecars = _sidecars(recipe, inputs)
-    identity = _identity(part)
-    with Writer(out, part.written, recipe.max_shard_bytes, identity=identity) as writer:
+    with Writer(
+        out,
+        part.written,
+        recipe.max_shard_bytes,
+        identity=_identity(part, mesh),
+        process=jax.process_index(),
+        agree=None if jax.process_count() == 1 else hosts.agree,
+    ) as writer:
         digests = in_background(lambda: _hash(inputs, writer))
         _go_on(writer, digests.result)
-        merge = _Merge(part, writer, memory, progress)
+        merge = _Merge(part, writer, memory, placed, progress)
         stream([name for name in part.written if name not in writer.done], merge.leaf)
         for name, content in sidecars.items():
             writer.add_file(name, content)
@@ -105,7 +140,11 @@ def merge_checkpoints(
             inputs.base,
             inputs.models,
             merge.reports(),
-            digests.result(),
+            {
+                p: files
+                for share in hosts.gather(digests.result())
+                for p, files in share.items()
+            },
             seconds=time.perf_counter() - started,
         )
         writer.add_file(REPORT_NAME, _json(report))
@@ -119,62 +158,70 @@ class _Merge:
         part: what becomes of them.
         writer: of the output.
         memory: how many bytes values may take.
+        placed: how leaves lie on a mesh.
         progress: told of everything that was written.
     """
 
     def __init__(
-        self, part: Part, writer: Writer, memory: int, progress: Progress | None
+        self,
+        part: Part,
+        writer: Writer,
+        memory: int,
+        placed: Mapping[str, NamedSharding],
+        progress: Progress | None,
     ):
         self._part, self._writer, self._progress = part, writer, progress
-        self._norms = {n: note for n, note in writer.done.items() if n != _INPUTS}
+        self._placed = placed
+        self._squares = {n: note for n, note in writer.done.items() if n != _INPUTS}
         self._total = sum(info.nbytes for info in part.written.values())
-        self._bytes = sum(part.written[name].nbytes for name in self._norms)
+        self._bytes = sum(part.written[name].nbytes for name in self._squares)
         self._telling = threading.Lock()
         self._wide = _is_wide(part)
-        self._merged = _merged_leaves(part, memory, self._wide)
+        self._merged = _merged_leaves(part, memory, placed, self._wide)
 
     def leaf(self, name: str) -> None:
         """Merges, or copies, one leaf."""
         part, step = self._part, self._part.steps[name]
         merged = name in self._merged
-        checkpoints = part.inputs.labelled.values() if merged else [step.source]
-        for checkpoint in checkpoints:
-            _check_finite(part, name, checkpoint.read(name))
-        parts = (
-            computed(self._merged[name], self._wide)
-            if merged
-            else [(0, step.source.read(name))]
-        )
+        base = part.inputs.base if merged else None
         squares = np.zeros(2)
-        for start, array in parts:
-            _check_finite(part, name, array)
-            array = _round(name, array, step.out.dtype)
-            if merged and part.inputs.base is not None:
-                whole = array.shape == step.out.shape
-                rows = ... if whole else (slice(start, start + len(array)),)
-                base = part.inputs.base.read(name, rows)
-                squares += sum_of_squares(base), sum_of_squares(array, minus=base)
-            self._writer.write(name, array, start)
-            self._tell(name, array.nbytes)
-        norms = {}
-        if merged and part.inputs.base is not None:
-            base_norm, task_vector_norm = np.sqrt(squares).tolist()
-            norms = {"base_norm": base_norm, "task_vector_norm": task_vector_norm}
-        self._norms[name] = norms
-        self._writer.complete(name, norms)
+        with hosts.together():
+            _check_inputs(part, name, self._placed.get(name))
+        with hosts.together():
+            for index, array in self._values(name):
+                _check_finite(part, name, array)
+                array = _round(name, array, step.out.dtype)
+                if base is not None:
+                    start = base.read(name, index)
+                    squares += sum_of_squares(start), sum_of_squares(array, start)
+                self._writer.write(name, array, index)
+                self._tell(name, array.nbytes)
+        self._squares[name] = squares.tolist()
+        self._writer.complete(name, self._squares[name])
+
+    def _values(self, name: str) -> Iterable[tuple[Index, np.ndarray]]:
+        if name in self._merged:
+            return computed(self._merged[name], self._wide)
+        step = self._part.steps[name]
+        parts = own_parts(step.out.shape, self._placed.get(name))
+        return ((index, step.source.read(name, index)) for index in parts)
 
     def reports(self) -> dict[str, LeafReport]:
         """What became of each leaf."""
         kinds = _kinds(self._part)
-        return {
-            name: LeafReport(
+        shares = hosts.gather(self._squares)
+        reports = {}
+        for name, step in self._part.steps.items():
+            norms = (None, None)
+            if name in self._merged and self._part.inputs.base is not None:
+                norms = np.sqrt(sum(np.array(share[name]) for share in shares)).tolist()
+            reports[name] = LeafReport(
                 kinds.get(name, step.treatment),
-                dtype_in=str(step.source.leaves[name].dtype),
-                dtype_out=None if step.treatment == "skipped" else str(step.out.dtype),
-                **self._norms.get(name, {}),
+                str(step.source.leaves[name].dtype),
+                None if step.treatment == "skipped" else str(step.out.dtype),
+                *norms,
             )
-            for name, step in self._part.steps.items()
-        }
+        return reports
 
     def _tell(self, name: str, nbytes: int) -> None:
         with self._telling:
@@ -189,7 +236,9 @@ def _call_of(part: Part) -> Callable[[Any, list[Any]], dict[str, Any]]:
     return part.method.bind(recipe.options, recipe.seed, list(recipe.models))
 
 
-def _merged_leaves(part: Part, memory: int, wide: bool) -> dict[str, Any]:
+def _merged_leaves(
+    part: Part, memory: int, placed: Mapping[str, NamedSharding], wide: bool
+) -> dict[str, Any]:
     """The leaves that the method makes, computed when they are asked for."""
     inputs, method = part.inputs, part.method
     like = inputs.base if method.needs_base else next(iter(inputs.models.values()))
@@ -203,14 +252,14 @@ def _merged_leaves(part: Part, memory: int, wide: bool) -> dict[str, Any]:
             # The result has the dtype of this leaf and must not be rounded twice.
             dtype = np.promote_types(dtype, np.float32)
         # While one leaf is computed, another may wait to be written.
-        return StoredLeaf(checkpoint, name, memory // 2, dtype)
+        return StoredLeaf(checkpoint, name, memory // 2, dtype, placed.get(name))
 
     base = None if inputs.base is None else leaves(inputs.base)
     models = [leaves(model) for model in inputs.models.values()]
     if method.spans_model(part.recipe.options):
-        for name in part.merged:
-            for checkpoint in inputs.labelled.values():
-                _check_finite(part, name, checkpoint.read(name))
+        with hosts.together():
+            for name in part.merged:
+                _check_inputs(part, name, placed.get(name))
     with precision(wide):
         if method.holds_model(part.recipe.options):
             base, models = load((base, models))
@@ -224,6 +273,20 @@ def _is_wide(part: Part) -> bool:
         for name in part.merged
         for checkpoint in checkpoints
     )
+
+
+def _shardings(
+    part: Part, mesh: Mesh | None, rules: Mapping[str, PartitionSpec] | None
+) -> dict[str, NamedSharding]:
+    """How leaves lie on a mesh."""
+    if mesh is None:
+        return {}
+    leaves = {name: jax.ShapeDtypeStruct(*info) for name, info in part.written.items()}
+    evenly = {re.escape(n): spread_evenly(x.shape, mesh) for n, x in leaves.items()}
+    try:
+        return shardings(leaves, mesh, {**(rules or {}), **evenly})
+    except ValueError as error:
+        raise MergeError(f"{part.recipe.source}: {error}") from error
 
 
 def _try_on_shapes(part: Part) -> None:
@@ -265,7 +328,7 @@ def _kinds(part: Part) -> dict[str, str]:
     return dict.fromkeys(plan.rest, f"no matrix: {plan.others}")
 
 
-def _identity(part: Part) -> dict[str, Any]:
+def _identity(part: Part, mesh: Mesh | None) -> dict[str, Any]:
     """What tells this merge from others into the same output, apart from values."""
     recipe = part.recipe
     return {
@@ -278,14 +341,17 @@ def _identity(part: Part) -> dict[str, Any]:
             name: [list(info.shape), str(info.dtype)]
             for name, info in part.written.items()
         },
+        "the mesh": None if mesh is None else dict(mesh.shape),
+        "the number of processes": jax.process_count(),
         "the version of jaxmerge": jaxmerge.__version__,
     }
 
 
 def _hash(inputs: Inputs, writer: Writer) -> dict[str, dict[str, str]]:
-    """The SHA-256 of all files of all inputs, by path of the checkpoint."""
+    """The SHA-256 of all files of inputs by path: this process's share of them."""
     by_path = {str(each.path): each for each in inputs.labelled.values()}
-    digests = {path: checkpoint.digest() for path, checkpoint in by_path.items()}
+    share = list(by_path)[jax.process_index() :: jax.process_count()]
+    digests = {path: by_path[path].digest() for path in share}
     if _INPUTS not in writer.done:
         writer.complete(_INPUTS, digests)
     return digests
@@ -320,6 +386,15 @@ def _round(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
             "choose another dtype, such as bfloat16."
         )
     return rounded
+
+
+def _check_inputs(part: Part, name: str, sharding: NamedSharding | None) -> None:
+    """Checks what this process reads of a leaf, which brings it from disk, too."""
+    step = part.steps[name]
+    merged = step.treatment == "merged"
+    for checkpoint in part.inputs.labelled.values() if merged else [step.source]:
+        for index in own_parts(step.out.shape, sharding):
+            _check_finite(part, name, checkpoint.read(name, index))
 
 
 def _check_finite(part: Part, name: str, array: np.ndarray) -> None:

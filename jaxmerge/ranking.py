@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxmerge.lazy import LazyLeaf, any_lazy, slices
+from jaxmerge.lazy import LazyLeaf, any_lazy, load, slices
 from jaxmerge.numerics import LOW_BITS, Count, kth_magnitude, magnitude_bits
+from jaxmerge.sharding import of
 
 _DIGIT = 16  # Bits that are settled by one pass over the model.
 
@@ -20,14 +21,15 @@ def kth_magnitude_of(tree: Any, k: Count) -> Array:
     their magnitudes: two passes for float32, whatever the size of the model.
 
     Args:
-        tree: a pytree of floating-point arrays, or of lazy leaves of one dtype.
+        tree: a pytree of floating-point arrays, or of lazy leaves of one dtype. Those
+            on a mesh are there together.
         k: from 1 (the largest) to the number of entries.
 
     Returns:
         A scalar, as `kth_magnitude` gives it.
     """
-    if not any_lazy(tree):
-        return _kth_magnitude(tree, k)
+    if not any_lazy(tree) or any(of(leaf) for leaf in jax.tree.leaves(tree)):
+        return _kth_magnitude(load(tree), k)
     leaves = [leaf for leaf in jax.tree.leaves(tree) if np.prod(leaf.shape)]
     width = 8 * leaves[0].dtype.itemsize
     rank = (int(k.high) << LOW_BITS) + int(k.low)

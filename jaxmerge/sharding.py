@@ -17,13 +17,16 @@ from jax import Array
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from jaxmerge.lazy import is_lazy
 from jaxmerge.tree import Params, first_match, named_leaves, rebuild
 
 AnyMesh = Mesh | AbstractMesh
 
 
 def of(x: Any) -> NamedSharding | None:
-    """The sharding of a concrete array over a mesh; None for all else, also tracers."""
+    """The sharding of a concrete array, or a lazy one, over a mesh; None for others."""
+    if is_lazy(x):
+        return x.sharding
     if isinstance(x, jax.Array) and not isinstance(x, Tracer):
         return x.sharding if isinstance(x.sharding, NamedSharding) else None
     return None
@@ -169,6 +172,27 @@ def shardings(
     if problems:
         raise ValueError("shardings: " + ";\n".join(problems) + ".")
     return rebuild(params, {p: NamedSharding(mesh, spec) for p, spec in specs.items()})
+
+
+def spread_evenly(shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSpec:
+    """A sharding that cuts an array into equal parts, along its longest axes.
+
+    A mesh axis that divides no axis of the array holds copies.
+
+    Example:
+        >>> mesh = jax.sharding.AbstractMesh((2, 4), ("data", "model"))
+        >>> spread_evenly((6, 64), mesh)
+        P(None, ('data', 'model'))
+    """
+    names: list[list[str]] = [[] for _ in shape]
+    left = list(shape)
+    for name, size in mesh.shape.items():
+        fitting = [axis for axis, n in enumerate(left) if n and n % size == 0]
+        if fitting:
+            axis = max(fitting, key=lambda axis: left[axis])
+            names[axis].append(name)
+            left[axis] //= size
+    return PartitionSpec(*(tuple(entry) or None for entry in names))
 
 
 def _misfits(

@@ -13,9 +13,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
-from jaxmerge.checkpoints import Checkpoint
-from jaxmerge.lazy import LazyLeaf, slices
+from jaxmerge.checkpoints import Checkpoint, Index
+from jaxmerge.lazy import slices
+from jaxmerge.sharding import of
 from jaxmerge.slicing import Reader
 
 WORKERS = 3
@@ -32,32 +34,42 @@ class StoredLeaf:
         checkpoint: where it is.
         name: its name there.
         memory: how many bytes a computation with it may take.
-        dtype: what it is cast to; by default it stays as it is.
+        dtype: what it is cast to.
+        sharding: how it comes to lie on a mesh. Each process reads its own parts.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, name: str, memory: int, dtype: Any = None
+        self,
+        checkpoint: Checkpoint,
+        name: str,
+        memory: int,
+        dtype: np.dtype,
+        sharding: NamedSharding | None = None,
     ):
         info = checkpoint.leaves[name]
-        self.shape, self.memory = info.shape, memory
-        self.dtype = info.dtype if dtype is None else np.dtype(dtype)
-        self.cost = info.entries * self.dtype.itemsize
+        self.shape, self.dtype, self.memory = info.shape, dtype, memory
+        self.sharding = sharding
+        self.cost = info.entries * dtype.itemsize
         self._checkpoint, self._name = checkpoint, name
 
-    def read(self) -> np.ndarray:
-        return self._checkpoint.read(self._name).astype(self.dtype, copy=False)
+    def read(self) -> Any:
+        if self.sharding is None:
+            return self._part(...)
+        return jax.make_array_from_callback(self.shape, self.sharding, self._part)
 
     def reader(self) -> Reader:
-        def read(start: int, stop: int) -> np.ndarray:
-            rows = self._checkpoint.read(self._name, (slice(start, stop),))
-            return rows.astype(self.dtype, copy=False)
+        return lambda start, stop: self._part((slice(start, stop),))
 
-        return read
+    def _part(self, index: Index | None) -> np.ndarray:
+        part = self._checkpoint.read(self._name, ... if index is None else index)
+        return part.astype(self.dtype, copy=False)
 
 
 def stream(names: Iterable[str], work: Callable[[str], None]) -> None:
     """Calls `work` for each name, some at a time; raises the first error there is."""
-    with ThreadPoolExecutor(WORKERS) as pool:
+    # Processes that compute together must do so in the same order.
+    workers = WORKERS if jax.process_count() == 1 else 1
+    with ThreadPoolExecutor(workers) as pool:
         tasks = [pool.submit(work, name) for name in names]
         try:
             wait(tasks, return_when=FIRST_EXCEPTION)
@@ -68,12 +80,16 @@ def stream(names: Iterable[str], work: Callable[[str], None]) -> None:
             task.result()
 
 
-def computed(leaf: LazyLeaf, wide: bool) -> Iterator[tuple[int, np.ndarray]]:
-    """The rows of a leaf with the number of the first, in slices that fit into memory.
+def computed(leaf: Any, wide: bool) -> Iterator[tuple[Index, np.ndarray]]:
+    """The values of a leaf, in parts that fit into memory; on a mesh, its own parts.
 
     Args:
-        leaf: the leaf.
+        leaf: an array, or a lazy leaf.
         wide: whether to compute in float64, which JAX has off.
+
+    Yields:
+        Where in the leaf a part is, and its values. Of copies of a part in several
+        processes, one has it.
     """
     parts = slices(leaf)
     while True:
@@ -81,8 +97,25 @@ def computed(leaf: LazyLeaf, wide: bool) -> Iterator[tuple[int, np.ndarray]]:
             part = next(parts, None)
             if part is None:
                 return
-            start, array = part[0], np.asarray(part[1])
-        yield start, array
+            start, rows = part[0], jax.block_until_ready(part[1])
+        if of(leaf) is not None:
+            shards = [s for s in rows.addressable_shards if s.replica_id == 0]
+            yield from ((shard.index, np.asarray(shard.data)) for shard in shards)
+        else:
+            whole = np.shape(rows) == leaf.shape
+            index = ... if whole else (slice(start, start + len(rows)),)
+            yield index, np.asarray(rows)
+
+
+def own_parts(shape: tuple[int, ...], sharding: NamedSharding | None) -> list[Index]:
+    """The parts of an array that this process reads and writes, and no other one."""
+    if sharding is None:
+        return [...]
+    first: dict[Any, Any] = {}
+    for device, index in sharding.devices_indices_map(shape).items():
+        first.setdefault(tuple((i.start, i.stop) for i in index), (device, index))
+    here = jax.process_index()
+    return [index for device, index in first.values() if device.process_index == here]
 
 
 def precision(wide: bool) -> contextlib.AbstractContextManager[Any]:

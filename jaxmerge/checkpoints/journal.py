@@ -101,6 +101,12 @@ class Journal:
         os.fsync(self._file.fileno())
 
 
+def completed(path: Path) -> set[str]:
+    """The names of the leaves that a journal has."""
+    lines = path.read_text(encoding="utf-8").splitlines(True)[1:]
+    return {json.loads(line)[0] for line in lines if line.endswith("\n")}
+
+
 def _difference(before: Any, now: Any) -> str:
     """Which entry of an identity has changed."""
     if isinstance(before, dict) and isinstance(now, dict):

@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -14,12 +14,12 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from jaxmerge.checkpoints.huggingface import INDEX_NAME, WEIGHTS_NAME
-from jaxmerge.checkpoints.interface import CheckpointError, LeafInfo
-from jaxmerge.checkpoints.journal import Journal
+from jaxmerge.checkpoints.interface import CheckpointError, Index, LeafInfo
+from jaxmerge.checkpoints.journal import Journal, completed
 from jaxmerge.checkpoints.safetensors import DTYPE_NAMES, DTYPES, Layout, lay_out
 
 MAX_SHARD_BYTES = 5_000_000_000
-_JOURNAL_NAME = "journal.jsonl"
+_JOURNAL = "journal"
 
 
 class Writer:
@@ -41,6 +41,9 @@ class Writer:
         metadata: text for the header of each file, next to `{"format": "pt"}`, which
             other loaders expect.
         identity: what is written, from what: JSON. None if it cannot be told.
+        process: the number of this process, if several write one output together.
+        agree: waits for all of them, and raises in all if one has an error, which is
+            its argument.
 
     Attributes:
         done: the leaves that an interrupted writer completed, with its notes on them.
@@ -69,6 +72,8 @@ class Writer:
         max_shard_bytes: int = MAX_SHARD_BYTES,
         metadata: Mapping[str, str] | None = None,
         identity: Any = None,
+        process: int = 0,
+        agree: Callable[[BaseException | None], None] | None = None,
     ):
         self.path = Path(out_dir).absolute()
         self._refuse_existing()
@@ -94,6 +99,8 @@ class Writer:
         }
         self._missing = {name: info.entries for name, info in self.leaves.items()}
         self._identity = identity
+        self._process, self._agree = process, agree or _raise
+        self._alone = agree is None
         self._journal: Journal | None = None
         self.done: Mapping[str, Any] = {}
         ending = "writing-" + uuid.uuid4().hex[:8] if identity is None else "partial"
@@ -101,14 +108,15 @@ class Writer:
         if not self.unfinished.exists():
             self._check_free_space()
 
-    def write(self, name: str, array: Any, start: int = 0) -> None:
-        """Writes a leaf, or some rows of it, whatever the memory layout, in C order.
+    def write(self, name: str, array: Any, index: Index = ...) -> None:
+        """Writes a leaf, or a part of it, whatever the memory layout, in C order.
 
         Args:
             name: a key of the announced leaves.
-            array: NumPy or JAX array of the announced dtype; of the announced shape, or
-                of fewer rows (entries of the first axis).
-            start: the first of these rows. Each row is written once.
+            array: NumPy or JAX array of the announced dtype, and of the announced shape
+                or that of the part.
+            index: which part it is: one slice per leading axis; no part is written
+                twice.
         """
         if name not in self.leaves:
             raise CheckpointError(
@@ -116,24 +124,31 @@ class Writer:
                 "add it to `leaves`."
             )
         array = np.asarray(array)
-        shape, dtype = self.leaves[name]
-        fits = array.shape[1:] == shape[1:] and len(array.shape) == len(shape)
-        fits = fits and (not shape or start + len(array) <= shape[0])
-        if array.dtype != dtype or not fits:
+        info = self.leaves[name]
+        starts, shape = _part(info.shape, index)
+        if LeafInfo(array.shape, array.dtype) != (shape, info.dtype):
             raise CheckpointError(
-                f"Leaf {name!r} of {self.path} was announced as {dtype}{list(shape)}, "
+                f"Leaf {name!r} of {self.path} was announced as "
+                f"{info.dtype}{list(shape)}, "
                 f"but the array is {array.dtype}{list(array.shape)}; "
                 "reshape or cast it before writing."
             )
-        if array.size > self._missing[name] or (not self._missing[name] and array.size):
+        if array.size > self._missing[name]:
             raise CheckpointError(
                 f"Leaf {name!r} of {self.path} is written twice; write each leaf once."
             )
         place = self._places[name]
-        offset = place.offset + start * math.prod(shape[1:]) * dtype.itemsize
-        # tobytes would copy the leaf; a flat byte view of C-ordered memory does not.
-        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        _write_at(self.unfinished / place.file_name, offset, flat.data)
+        path = self.unfinished / place.file_name
+        if shape[1:] == info.shape[1:]:
+            row = math.prod(shape[1:]) * info.dtype.itemsize
+            # tobytes would copy; a flat byte view of C-ordered memory does not.
+            flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            _write_at(path, place.offset + sum(starts[:1]) * row, flat.data)
+        elif array.size:
+            kwargs = {"mode": "r+", "offset": place.offset, "shape": info.shape}
+            file = np.memmap(path, np.dtype(f"u{info.dtype.itemsize}"), **kwargs)
+            part = tuple(slice(i, i + n) for i, n in zip(starts, shape, strict=True))
+            file[part] = np.ascontiguousarray(array).view(file.dtype)
         self._missing[name] -= array.size
 
     def complete(self, name: str, note: Any) -> None:
@@ -153,12 +168,14 @@ class Writer:
         self._missing = {name: info.entries for name, info in self.leaves.items()}
 
     def add_file(self, name: str, content: bytes | str | os.PathLike[str]) -> None:
-        """Puts a further file next to the weights.
+        """Puts a further file next to the weights; of several processes, the first.
 
         Args:
             name: its file name in the output.
             content: its bytes, or the path of a file to copy.
         """
+        if self._process != 0:
+            return
         target = self.unfinished / name
         if Path(name).name != name:
             raise CheckpointError(
@@ -174,25 +191,47 @@ class Writer:
             shutil.copyfile(content, target)
 
     def __enter__(self) -> Self:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        resumable = self._identity is not None
         try:
-            self.unfinished.mkdir(exist_ok=resumable)
-            if resumable:
+            self._together(self._open if self._process == 0 else _nothing)
+            if self._identity is not None:
+                self._together(self._open_journal)
                 self._go_on()
-            for file_name, layout in self._shards.items():
-                if not self.done:
-                    _create_file(self.unfinished / file_name, layout)
+            if not self.done:
+                self._together(self._create if self._process == 0 else _nothing)
         except BaseException as error:
-            self._close(keep=resumable and isinstance(error, CheckpointError))
+            # What another merge has begun stays; so does what can be finished later.
+            self._close(keep=self._identity is not None and _is_refusal(error))
             raise
         return self
 
-    def _go_on(self) -> None:
-        path = self.unfinished / _JOURNAL_NAME
+    def _together(self, step: Callable[[], None]) -> None:
+        """Takes a step; if it fails in one process, it fails in all."""
+        error = None
+        try:
+            step()
+        except BaseException as raised:
+            error = raised
+        self._agree(error)
+
+    def _open(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.unfinished.mkdir(exist_ok=self._identity is not None)
+
+    def _create(self) -> None:
+        for file_name, layout in self._shards.items():
+            _create_file(self.unfinished / file_name, layout)
+
+    def _open_journal(self) -> None:
+        path = self.unfinished / f"{_JOURNAL}-{self._process}.jsonl"
         self._journal = Journal(path, self._identity, self._sync_values)
-        self.done = self._journal.done
-        self._missing |= dict.fromkeys(self.leaves.keys() & self.done.keys(), 0)
+
+    def _go_on(self) -> None:
+        """Finds out what all processes have completed."""
+        assert self._journal is not None
+        journals = self.unfinished.glob(f"{_JOURNAL}-*.jsonl")
+        complete = set.intersection(*(completed(path) for path in journals))
+        self.done = {n: x for n, x in self._journal.done.items() if n in complete}
+        self._missing |= dict.fromkeys(self.leaves.keys() & complete, 0)
 
     def __exit__(
         self,
@@ -203,7 +242,8 @@ class Writer:
         interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
         try:
             if error is None:
-                self._publish()
+                self._together(self._finish)
+                self._together(self._publish if self._process == 0 else _nothing)
             elif interrupted and self._journal is not None:
                 self._journal.flush()
         finally:
@@ -212,25 +252,30 @@ class Writer:
     def _close(self, keep: bool) -> None:
         if self._journal is not None:
             self._journal.close()
-        if not keep:
+        if not keep and self._process == 0:
             shutil.rmtree(self.unfinished, ignore_errors=True)
+
+    def _finish(self) -> None:
+        missing = [name for name, entries in self._missing.items() if entries]
+        if missing and self._alone:
+            more = f" and {len(missing) - 1} more" if missing[1:] else ""
+            raise CheckpointError(
+                f"Leaf {missing[0]!r}{more} of {self.path} was never written; "
+                "the incomplete output was removed."
+            )
+        self._sync_values()
 
     def _sync_values(self) -> None:
         for file_name in self._shards:
             _sync(self.unfinished / file_name)
 
     def _publish(self) -> None:
-        if missing := [name for name, entries in self._missing.items() if entries]:
-            more = f" and {len(missing) - 1} more" if missing[1:] else ""
-            raise CheckpointError(
-                f"Leaf {missing[0]!r}{more} of {self.path} was never written; "
-                "the incomplete output was removed."
-            )
         if len(self._shards) > 1:
             (self.unfinished / INDEX_NAME).write_text(self._index(), encoding="utf-8")
+        for journal in self.unfinished.glob(f"{_JOURNAL}-*.jsonl"):
+            journal.unlink()
         for path in self.unfinished.iterdir():
             _sync(path)
-        (self.unfinished / _JOURNAL_NAME).unlink(missing_ok=True)
         _sync(self.unfinished)
         self._refuse_existing()
         self.unfinished.rename(self.path)
@@ -258,6 +303,27 @@ class Writer:
                 f"{self.path} needs {needed:,} bytes, but {place} has only {free:,} "
                 "free. Make room, choose another disk or a smaller dtype."
             )
+
+
+def _raise(error: BaseException | None) -> None:
+    if error is not None:
+        raise error
+
+
+def _nothing() -> None:
+    pass
+
+
+def _is_refusal(error: BaseException) -> bool:
+    return isinstance(error, CheckpointError)
+
+
+def _part(shape: tuple[int, ...], index: Index) -> tuple[list[int], tuple[int, ...]]:
+    """Where a part of an array begins, and its shape."""
+    cuts = () if index is ... else index
+    ranges = [c.indices(n)[:2] for c, n in zip(cuts, shape, strict=False)]
+    ranges += [(0, n) for n in shape[len(ranges) :]]
+    return [start for start, _ in ranges], tuple(b - a for a, b in ranges)
 
 
 class _Place(NamedTuple):
