@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxmerge import store_cli
+from jaxmerge import meshes, store_cli
 from jaxmerge.console import (
     CommandError,
     parse_size,
@@ -35,8 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
 
     from jaxmerge.checkpoints import CheckpointError
-    from jaxmerge.planning import MergeError
-    from jaxmerge.recipes import RecipeError
+    from jaxmerge.recipe_syntax import MergeError, RecipeError
 
     try:
         arguments.command(arguments)
@@ -82,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument(
         "--memory", metavar="SIZE", default="1GB", help="for values (default: 1GB)"
     )
+    meshes.add_to(merge)
 
     methods = add("methods", _methods, "List the merge methods, or describe one")
     methods.add_argument("name", metavar="NAME", nargs="?")
@@ -110,9 +110,16 @@ def _merge(arguments: argparse.Namespace) -> None:
 
     memory = parse_size("--memory", arguments.memory)
     recipe = load_recipe(arguments.recipe)
+    meshes.join_hosts(arguments)
+    meshes.keep_compiled_code()
     with show_progress() as progress:
         report = merge_checkpoints(
-            recipe, arguments.out, memory=memory, progress=progress
+            recipe,
+            arguments.out,
+            memory=memory,
+            mesh=meshes.mesh_of(arguments),
+            rules=meshes.rules_of(arguments),
+            progress=progress,
         )
     totals = report["totals"]
     leaves = ", ".join(f"{n} {kind}" for kind, n in totals["treatments"].items())

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from jaxmerge.checkpoints import Checkpoint, LeafInfo, open_checkpoint
+from jaxmerge.recipe_syntax import MergeError
 from jaxmerge.recipes import Recipe, rules_in
 from jaxmerge.registry import Method, methods
 from jaxmerge.tree import first_match, is_factor, is_float
@@ -17,10 +18,6 @@ _FACTORS = (
     "factors of LoRA updates, of which only products can be merged (name the directory "
     "of the adapter, with its adapter_config.json, and a base)"
 )
-
-
-class MergeError(ValueError):
-    """Checkpoints that cannot be merged as the recipe says; the message says why."""
 
 
 class Inputs(NamedTuple):

@@ -20,6 +20,10 @@ class RecipeError(ValueError):
     """A recipe that cannot be carried out; one line of the message per problem."""
 
 
+class MergeError(ValueError):
+    """Checkpoints that cannot be merged as the recipe says; the message says why."""
+
+
 class Problem(NamedTuple):
     """What is wrong in a line of a document; None where there are no lines."""
 

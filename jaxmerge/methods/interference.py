@@ -19,7 +19,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array
 
 from jaxmerge.linalg import matmul
@@ -168,6 +167,8 @@ def _reduce_interference(
 
 def _descend(gram: Array, excess: Array, learning_rate: Array, steps: int) -> Array:
     """Where Adam gets from zero, down the gradient 2 (X `gram` + `excess`)."""
+    import optax  # Commands that only look at methods must not wait for it.
+
     adam = optax.adam(learning_rate)
 
     def step(_, state):
