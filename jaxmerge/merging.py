@@ -4,6 +4,7 @@ Everything that can be known from names, shapes and options is checked before th
 value is read. A merge that was interrupted goes on where it was when it is run again.
 """
 
+import collections
 import json
 import os
 import re
@@ -284,7 +285,7 @@ def _shardings(
     leaves = {name: jax.ShapeDtypeStruct(*info) for name, info in part.written.items()}
     evenly = {re.escape(n): spread_evenly(x.shape, mesh) for n, x in leaves.items()}
     try:
-        return shardings(leaves, mesh, {**(rules or {}), **evenly})
+        return shardings(leaves, mesh, collections.ChainMap(rules or {}, evenly))
     except ValueError as error:
         raise MergeError(f"{part.recipe.source}: {error}") from error
 

@@ -388,7 +388,7 @@ def _random_rule(
     32 bits with Threefry; other draws are whole.
     """
     if shapes[0]:
-        return _Rule(_to_shape("shape"), aligned) if aligned else None
+        return _Rule(_same, aligned) if aligned else None
     counted = jax.config.jax_threefry_partitionable  # type: ignore
     counted = counted and params["bit_width"] == 32
     if not counted or "fry" not in str(key.dtype) or np.prod(params["shape"]) >= 2**32:

@@ -165,6 +165,7 @@ class Writer:
         """Forgets what an interrupted writer completed: it is written again."""
         if self._journal is not None:
             self._journal.start_anew()
+        self.done = {}
         self._missing = {name: info.entries for name, info in self.leaves.items()}
 
     def add_file(self, name: str, content: bytes | str | os.PathLike[str]) -> None:

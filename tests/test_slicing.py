@@ -1,0 +1,122 @@
+"""Functions of whole leaves, computed by rows, against the same functions at once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmerge.numerics import Count, kth_magnitude
+from jaxmerge.slicing import Sliced
+
+ROWS = 12
+
+
+def leaf(seed=0, shape=(ROWS, 3)):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def by_rows(function, *arguments, sliced, rows=5):
+    """The results of `function`, and how many rows at most were asked of its inputs."""
+    leaves = jax.tree.leaves(arguments)
+    asked = []
+
+    def reader(array):
+        def read(start, stop):
+            asked.append(stop - start)
+            return array[start:stop]
+
+        return read
+
+    given = [reader(x) if cut else x for x, cut in zip(leaves, sliced, strict=True)]
+    results = Sliced(function, arguments, sliced)(given, rows)
+    whole = [
+        np.concatenate([r(i, min(i + rows, ROWS)) for i in range(0, ROWS, rows)])
+        if callable(r)
+        else r
+        for r in results
+    ]
+    return whole, max(asked)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: 2 * x + 1,
+        lambda x: x / jnp.sum(jnp.abs(x)),
+        lambda x: x - x.mean(axis=1, keepdims=True),
+        lambda x: jnp.where(jnp.abs(x) >= kth_magnitude(x, 7), x, 0),
+        lambda x: x - kth_magnitude(x - x.max(), Count.of(3)),
+        lambda x: jnp.sort(x, axis=1),
+        lambda x: jnp.sort(x, axis=0),
+        lambda x: x[::-1],
+        lambda x: x @ (x.T @ x),
+        lambda x: jnp.cumsum(x, axis=1) + jnp.cumsum(x, axis=0),
+        lambda x: x + jnp.arange(ROWS, dtype=x.dtype)[:, None],
+        lambda x: x * jnp.arange(3, dtype=x.dtype)[None, :],
+        lambda x: jnp.linalg.svd(x, full_matrices=False)[0] * x.min(),
+        lambda x: jax.vmap(lambda row: row / (1 + row.max()))(x),
+        lambda x: jax.lax.fori_loop(0, 3, lambda i, y: y * 0.5 + x, x),
+        lambda x: jnp.ones_like(x),
+        lambda x: jnp.concatenate([x[:, :1], 2 * x[:, 1:]], axis=1),
+    ],
+)
+def test_equals_the_function_at_once(function):
+    x = leaf()
+    (result,), most = by_rows(function, x, sliced=[True])
+    np.testing.assert_allclose(result, function(x), rtol=1e-5, atol=1e-6)
+    assert most == 5
+
+
+def test_several_leaves_and_what_is_not_sliced():
+    def function(leaves, weight, offset):
+        total = leaves[0] + weight * leaves[1]
+        return total + offset, total.sum()
+
+    arguments = ([leaf(1), leaf(2)], 0.25, leaf(3))
+    sliced = [True, True, False, False]
+    (merged, total), _ = by_rows(function, *arguments, sliced=sliced)
+    expected, expected_total = function(*arguments)
+    np.testing.assert_array_equal(merged, expected)
+    np.testing.assert_allclose(total, expected_total, rtol=1e-6)
+
+
+@pytest.mark.parametrize("keyed_by", ["leaf", "row"])
+def test_draws_of_rows_are_rows_of_all_draws(keyed_by):
+    def function(x, key):
+        if keyed_by == "row":
+            keys = jax.random.split(key, ROWS)
+            return jax.vmap(lambda k, row: row + jax.random.uniform(k, row.shape))(
+                keys, x
+            )
+        return x * (jax.random.uniform(key, x.shape) < 0.5)
+
+    arguments = leaf(), jax.random.key(3)
+    (result,), most = by_rows(function, *arguments, sliced=[True, False])
+    np.testing.assert_array_equal(result, function(*arguments))
+    assert most == 5
+
+
+def test_draws_that_cannot_be_cut_are_made_at_once():
+    def function(x, key):
+        return x + jax.random.bits(key, x.shape, jnp.uint16).astype(x.dtype)
+
+    arguments = leaf(), jax.random.key(3)
+    (result,), _ = by_rows(function, *arguments, sliced=[True, False])
+    np.testing.assert_array_equal(result, function(*arguments))
+
+
+def test_vectors():
+    x = leaf(shape=(ROWS,))
+    (result,), _ = by_rows(lambda x: x / jnp.max(jnp.abs(x)), x, sliced=[True])
+    np.testing.assert_array_equal(result, x / jnp.max(jnp.abs(x)))
+
+
+def test_equal_leaves_are_compiled_once(compilations):
+    sliced = Sliced(lambda x: x / jnp.abs(x).max(), (leaf(),), [True])
+    arrays = [np.asarray(leaf(seed)) for seed in range(3)]
+    counts = []
+    for array in arrays:
+        (read,) = sliced([lambda start, stop, x=array: x[start:stop]], 6)
+        read(0, 6), read(6, 12)
+        counts.append(len(compilations))
+    assert counts[0] == counts[1] == counts[2]

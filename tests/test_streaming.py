@@ -1,0 +1,314 @@
+"""Merges in little memory, on meshes, by several processes, and after interruptions."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import jaxmerge
+from jaxmerge.checkpoints import CheckpointError, Writer, save
+from jaxmerge.checkpoints.journal import completed
+from jaxmerge.merging import merge_checkpoints
+from jaxmerge.planning import MergeError
+from jaxmerge.recipes import Recipe, load_recipe
+from jaxmerge.registry import methods
+
+NAMES = ("math", "code", "law")
+MEMORY = 20_000
+"""Of the kernels below, some tenths fit at a time."""
+
+
+def make_tree(seed):
+    rng = np.random.default_rng(seed)
+    return {
+        "embed": {"embedding": rng.normal(size=(96, 8)).astype(np.float32)},
+        "up": {
+            "kernel": rng.normal(size=(64, 16)).astype(np.float32),
+            "bias": rng.normal(size=16).astype(np.float32),
+        },
+        "steps": np.array(seed, np.int32),
+        "temperature": np.array(seed / 7, np.float32),
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("runs")
+    for i, name in enumerate(("base", *NAMES)):
+        save(directory / name, make_tree(i))
+    return directory
+
+
+def recipe_for(runs, method, **fields):
+    known = methods()[method]
+    models = {name: runs / name for name in NAMES[: known.max_models]}
+    base = runs / "base" if known.needs_base else None
+    return Recipe(method, models, base=base, **fields)
+
+
+def assert_same(directory, expected, **tolerances):
+    tree = jaxmerge.load(directory)
+    compare = np.testing.assert_allclose if tolerances else np.testing.assert_equal
+    jax.tree.map(lambda a, b: compare(a, np.asarray(b), **tolerances), tree, expected)
+
+
+STREAMED = (
+    *("average", "breadcrumbs", "consensus", "dare", "della", "nuslerp"),
+    *("ram", "sce", "ties", "tsv_merge"),
+)
+"""One method of each way to depend on rows, on whole leaves and on chance."""
+
+ROUNDED_ANEW = {"della", "sce"}
+"""Methods whose last bit depends on what XLA fuses with sums and products."""
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_by_rows_equals_at_once(runs, tmp_path, name):
+    recipe = recipe_for(runs, name)
+    merge_checkpoints(recipe, tmp_path / "whole")
+    merge_checkpoints(recipe, tmp_path / "rows", memory=MEMORY)
+    tolerances = {"rtol": 1e-5, "atol": 1e-6} if name in ROUNDED_ANEW else {}
+    assert_same(tmp_path / "rows", jaxmerge.load(tmp_path / "whole"), **tolerances)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("ties", {"scope": "model", "tie": "majority", "vote": "count"}),
+        ("consensus", {"multi_task": "ties", "scope": "model"}),
+        ("ram", {"boost": 0.2, "scope": "model"}),
+    ],
+)
+def test_ranking_the_whole_model_in_passes(runs, tmp_path, name, options):
+    recipe = recipe_for(runs, name, options=options)
+    merge_checkpoints(recipe, tmp_path / "rows", memory=MEMORY)
+    base, *models = map(make_tree, range(4))
+    assert_same(tmp_path / "rows", methods()[name].function(base, models, **options))
+
+
+def test_methods_that_hold_the_model_say_so_before_they_read(runs, tmp_path):
+    with pytest.raises(MergeError, match="pcb with these options needs all leaves"):
+        merge_checkpoints(recipe_for(runs, "pcb"), tmp_path / "out", memory=MEMORY)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["ties", "dare", "tsv_merge"])
+@pytest.mark.parametrize("rules", [None, {".*kernel": P("model", "data")}])
+def test_on_a_mesh(runs, tmp_path, mesh, name, rules):
+    recipe = recipe_for(runs, name)
+    merge_checkpoints(recipe, tmp_path / "alone")
+    merge_checkpoints(recipe, tmp_path / "mesh", mesh=mesh, rules=rules)
+    expected = jaxmerge.load(tmp_path / "alone")
+    assert_same(tmp_path / "mesh", expected, rtol=1e-5, atol=1e-6)
+
+
+def test_rules_that_do_not_fit_a_leaf(runs, tmp_path, mesh):
+    rules = {"temperature": P("data")}
+    with pytest.raises(
+        MergeError, match=r"'temperature' of shape .* cannot be sharded"
+    ):
+        merge_checkpoints(
+            recipe_for(runs, "ties"), tmp_path / "out", mesh=mesh, rules=rules
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def run(script, *arguments, wait=True, **environment):
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    if wait:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    return process
+
+
+# A slow disk makes sure that the merge is killed in its middle.
+SLOW_MERGE = """
+    import sys, time
+    from jaxmerge.checkpoints import Writer, journal
+    from jaxmerge.merging import merge_checkpoints
+    from jaxmerge.recipes import load_recipe
+
+    journal.SECONDS_BETWEEN_SYNCS = 0
+    write = Writer.write
+
+    def slowly(*arguments):
+        time.sleep(0.5)
+        write(*arguments)
+
+    Writer.write = slowly
+    merge_checkpoints(load_recipe(sys.argv[1]), sys.argv[2], memory=int(sys.argv[3]))
+"""
+
+
+def write_recipe(runs, tmp_path, text="method: ties"):
+    recipe = tmp_path / "recipe.yaml"
+    models = [str(runs / name) for name in NAMES]
+    recipe.write_text(f"{text}\nbase: {runs / 'base'}\nmodels: {json.dumps(models)}\n")
+    return recipe
+
+
+def killed(runs, tmp_path):
+    """Kills a merge when one leaf or more are complete; the leaves that are."""
+    recipe = write_recipe(runs, tmp_path)
+    process = run(SLOW_MERGE, recipe, tmp_path / "out", MEMORY, wait=False)
+    journal = tmp_path / ".out.partial/journal-0.jsonl"
+    deadline = time.monotonic() + 120
+    while not _names_in(journal) - {""} or "" not in _names_in(journal):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+    assert not (tmp_path / "out").exists()
+    return _names_in(journal) - {""}
+
+
+def _names_in(journal):
+    return completed(journal) if journal.exists() else set()
+
+
+def test_a_killed_merge_goes_on(runs, tmp_path, monkeypatch):
+    before = killed(runs, tmp_path)
+    written, write = set(), Writer.write
+
+    def noted(self, name, *arguments):
+        written.add(name)
+        write(self, name, *arguments)
+
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "write", noted)
+        report = merge_checkpoints(recipe, tmp_path / "out", memory=MEMORY)
+    assert before
+    assert written == report["leaves"].keys() - before
+
+    again = merge_checkpoints(recipe, tmp_path / "undisturbed", memory=MEMORY)
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {"model.safetensors", "jaxmerge_report.json"}
+    weights = [tmp_path / name / "model.safetensors" for name in ("out", "undisturbed")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert report["leaves"] == again["leaves"]
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_another_recipe_does_not_go_on(runs, tmp_path):
+    killed(runs, tmp_path)
+    other = load_recipe(
+        write_recipe(runs, tmp_path, "method: ties\noptions: {density: 0.3}")
+    )
+    with pytest.raises(CheckpointError, match="the recipe changed since"):
+        merge_checkpoints(other, tmp_path / "out", memory=MEMORY)
+    assert (tmp_path / ".out.partial").exists()
+
+
+def test_another_input_does_not_go_on(runs, tmp_path):
+    copies = shutil.copytree(runs, tmp_path / "copies")
+    killed(copies, tmp_path)
+    weights = copies / "code/model.safetensors"
+    stamp = weights.stat()
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    os.utime(weights, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    with pytest.raises(CheckpointError, match="code is not what it was when the merge"):
+        merge_checkpoints(recipe, tmp_path / "out", memory=MEMORY)
+
+
+def test_a_merge_that_knew_no_hashes_starts_anew(runs, tmp_path):
+    killed(runs, tmp_path)
+    journal = tmp_path / ".out.partial/journal-0.jsonl"
+    lines = journal.read_text().splitlines(True)
+    journal.write_text("".join(x for x in lines if not x.startswith('["", ')))
+    merge_checkpoints(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "out")
+    merge_checkpoints(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "undisturbed")
+    assert_same(tmp_path / "out", jaxmerge.load(tmp_path / "undisturbed"))
+
+
+def test_two_merges_into_one_place(runs, tmp_path):
+    recipe = write_recipe(runs, tmp_path)
+    process = run(SLOW_MERGE, recipe, tmp_path / "out", MEMORY, wait=False)
+    while not (tmp_path / ".out.partial/journal-0.jsonl").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    with pytest.raises(CheckpointError, match="is being written by another process"):
+        merge_checkpoints(load_recipe(recipe), tmp_path / "out", memory=MEMORY)
+    process.kill()
+    process.communicate()
+
+
+ONE_OF_TWO = """
+    import sys
+    import jax
+    from jaxmerge.cli import main
+
+    # More pieces of code than there are: what is compiled need not be fast.
+    jax.config.update("jax_disable_most_optimizations", True)
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+def two_processes(*arguments):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    cluster = f"--coordinator=localhost:{port}", "--processes=2"
+    processes = [
+        run(
+            *(ONE_OF_TWO, *arguments, *cluster, f"--process={i}"),
+            wait=False,
+            XLA_FLAGS="--xla_force_host_platform_device_count=4",
+        )
+        for i in range(2)
+    ]
+    return [(p.communicate(timeout=300)[1], p.returncode) for p in processes]
+
+
+@pytest.mark.parametrize("method", ["ties", "tsv_merge"])
+def test_two_processes_with_four_devices_each(runs, tmp_path, method):
+    recipe = write_recipe(runs, tmp_path, f"method: {method}")
+    for errors, status in two_processes(
+        "merge", recipe, tmp_path / "out", "--mesh=data=2,model=4"
+    ):
+        assert status == 0, errors
+    merge_checkpoints(load_recipe(recipe), tmp_path / "alone")
+    assert_same(
+        tmp_path / "out", jaxmerge.load(tmp_path / "alone"), rtol=1e-5, atol=1e-6
+    )
+    reports = [
+        json.loads((tmp_path / name / "jaxmerge_report.json").read_text())
+        for name in ("out", "alone")
+    ]
+    assert reports[0]["models"] == reports[1]["models"]
+    norms = [report["totals"]["task_vector_norm"] for report in reports]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_an_error_in_one_of_two_processes(runs, tmp_path):
+    copies = shutil.copytree(runs, tmp_path / "copies")
+    broken = make_tree(1)
+    broken["embed"]["embedding"][-1, -1] = np.nan
+    shutil.rmtree(copies / "math")
+    save(copies / "math", broken)
+    recipe = write_recipe(copies, tmp_path)
+    first, second = two_processes("merge", recipe, tmp_path / "out", "--mesh=data=8")
+    assert (first[1], second[1]) == (1, 1)
+    assert "process 1 failed" in first[0]
+    assert "(math) has 1 NaN" in second[0]
+    assert not list(tmp_path.glob("*out*"))
