@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol, Self
 import ml_dtypes
 import numpy as np
 
+from jaxmerge.checkpoints.indexing import ranges, shifted
 from jaxmerge.checkpoints.interface import Index, LeafInfo
 
 Read = Callable[[Index], np.ndarray]
@@ -166,7 +167,7 @@ class Rearrange(NamedTuple):
         remaining = []
         for (first, *inner), along in zip(self.after, wanted, strict=True):
             step = math.prod(sizes[name] for name in inner)
-            remaining.append(_shifted(along, parts[first][0] * step))
+            remaining.append(shifted(along, parts[first][0] * step))
         lengths = [
             math.prod(parts[name][1] - parts[name][0] for name in axis)
             for axis in self.after
@@ -221,17 +222,3 @@ def _parse_axes(side: str, pattern: str) -> tuple[Axes, dict[str, int]]:
 
 def _names(axes: Axes) -> list[str]:
     return [name for axis in axes for name in axis]
-
-
-def ranges(index: Index, shape: Sequence[int]) -> list[range]:
-    """The entries along each axis that an index selects."""
-    slices = () if index is ... else index
-    slices = (*slices, *[slice(None)] * (len(shape) - len(slices)))
-    return [range(size)[part] for size, part in zip(shape, slices, strict=True)]
-
-
-def _shifted(along: range, offset: int) -> slice:
-    """Selects `along` from an axis whose first entry is `offset`."""
-    stop = along.stop - offset
-    # Backwards to the first entry there is no number to stop at.
-    return slice(along.start - offset, None if stop < 0 else stop, along.step)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxmerge.checkpoints.indexing import ranges
 from jaxmerge.checkpoints.interface import (
     Checkpoint,
     CheckpointError,
@@ -18,7 +19,7 @@ from jaxmerge.checkpoints.interface import (
     LeafInfo,
 )
 from jaxmerge.checkpoints.names import require_leaf
-from jaxmerge.checkpoints.transforms import Transform, ranges
+from jaxmerge.checkpoints.transforms import Transform
 
 
 class Source(NamedTuple):
