@@ -142,7 +142,7 @@ def _spec(info: LeafInfo) -> dict[str, Any]:
     }
 
 
-def chunk_shape(info: LeafInfo, max_bytes: int = MAX_CHUNK_BYTES) -> list[int]:
+def chunk_shape(info: LeafInfo) -> list[int]:
     """Halves the longest axis until a chunk is small enough.
 
     Example:
@@ -150,7 +150,7 @@ def chunk_shape(info: LeafInfo, max_bytes: int = MAX_CHUNK_BYTES) -> list[int]:
         [2048, 1376]
     """
     shape = [max(size, 1) for size in info.shape]
-    while math.prod(shape) * info.dtype.itemsize > max_bytes:
+    while math.prod(shape) * info.dtype.itemsize > MAX_CHUNK_BYTES:
         longest = shape.index(max(shape))
         shape[longest] = -(-shape[longest] // 2)
     return shape
