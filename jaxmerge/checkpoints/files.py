@@ -1,6 +1,7 @@
 """Files of a checkpoint: which are there, what they are, what is wrong with them."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -71,6 +72,21 @@ def sidecar_files(directory: Path) -> list[Path]:
         and path.name not in (REPORT_NAME, COMMIT_NAME)
         and path.is_file()
     )
+
+
+def config_with_dtype(path: Path, dtype: str) -> bytes:
+    """A model's `config.json` that says another dtype, where it says one at all.
+
+    Raises:
+        CheckpointError: the file is not JSON.
+    """
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); repair it.") from error
+    for key in {"torch_dtype", "dtype"} & config.keys():
+        config[key] = dtype
+    return (json.dumps(config, indent=2) + "\n").encode()
 
 
 def sha256_of(paths: Iterable[Path], root: Path | None = None) -> dict[str, str]:

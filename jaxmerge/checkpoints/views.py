@@ -13,13 +13,14 @@ import numpy as np
 
 from jaxmerge.checkpoints.indexing import ranges
 from jaxmerge.checkpoints.interface import (
+    FLOATS,
     Checkpoint,
     CheckpointError,
     Index,
     LeafInfo,
 )
 from jaxmerge.checkpoints.names import require_leaf
-from jaxmerge.checkpoints.transforms import Transform
+from jaxmerge.checkpoints.transforms import Cast, Transform
 
 
 class Source(NamedTuple):
@@ -176,3 +177,30 @@ class View:
                 for checkpoint in source.checkpoints
             }.values()
         )
+
+
+def cast(checkpoint: Checkpoint, dtype: str | np.dtype) -> View:
+    """Views the floating-point leaves of a checkpoint in another dtype.
+
+    Args:
+        checkpoint: what to view. Leaves of float8 stay as they are: without their
+            scales they mean nothing.
+        dtype: bfloat16, float16, float32 or float64. Reading raises CheckpointError
+            where a finite entry is too large for it.
+
+    Raises:
+        CheckpointError: another dtype.
+    """
+    names = {str(each): each for each in FLOATS}
+    if str(dtype) not in names:
+        raise CheckpointError(
+            f"dtype is {str(dtype)!r}; it must be one of {', '.join(names)}."
+        )
+    target = Cast(names[str(dtype)])
+    return View(
+        checkpoint.path,
+        {
+            name: Source(checkpoint, name, target if info.dtype in FLOATS else None)
+            for name, info in checkpoint.leaves.items()
+        },
+    )
