@@ -8,11 +8,11 @@ if TYPE_CHECKING:
     from jaxmerge.analysis import compare
     from jaxmerge.calibration import calibrate, subspace_boost
     from jaxmerge.checkpoints import load, load_adapter, open_checkpoint, save
-    from jaxmerge.checkpoints.sharded import load_sharded
     from jaxmerge.conversion import convert
     from jaxmerge.depth import lines
     from jaxmerge.leafwise import task_vector
     from jaxmerge.linalg import map_matrices
+    from jaxmerge.loading import load_sharded
     from jaxmerge.lowrank import LowRank, apply_adapter
     from jaxmerge.matrices import MatrixAxes, matrix_axes
     from jaxmerge.merging import merge_checkpoints
@@ -133,7 +133,7 @@ _HOMES = {
     "analysis": ["compare"],
     "calibration": ["calibrate", "subspace_boost"],
     "checkpoints": ["load", "load_adapter", "open_checkpoint", "save"],
-    "checkpoints.sharded": ["load_sharded"],
+    "loading": ["load_sharded"],
     "conversion": ["convert"],
     "depth": ["lines"],
     "leafwise": ["task_vector"],

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 
 from jaxmerge.checkpoints import Checkpoint, open_checkpoint, open_writer
 from jaxmerge.checkpoints.files import config_with_dtype
-from jaxmerge.checkpoints.renaming import Rule, load_rules, rename
 from jaxmerge.checkpoints.stacking import stack_layers, unstack_layers
 from jaxmerge.checkpoints.views import cast
+from jaxmerge.renaming import Rule, load_rules, rename
 
 Progress = Callable[[int, int, str], None]
 """Called with the bytes written so far, those of the whole output, and the leaf."""
@@ -35,7 +35,7 @@ def convert(
         source: what `open_checkpoint` opens, or a checkpoint that is open.
         out: the directory to create; it must not exist.
         to: the format, one of `jaxmerge.checkpoints.FORMATS`.
-        names: rules for names and axes: a preset (`checkpoints.renaming.presets()`), a
+        names: rules for names and axes: a preset (`jaxmerge.renaming.presets()`), a
             YAML file, or `Rule`s; by default names stay.
         inverse: whether the rules are undone.
         keep_rest: whether leaves that no rule matches stay; else they are an error.

@@ -14,11 +14,11 @@ import pytest
 from counting import Counting
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from sharded_process import RULES
+from loading_process import RULES
 
 from jaxmerge import load_sharded, open_checkpoint
 from jaxmerge.checkpoints import FORMATS, CheckpointError, LeafInfo, open_writer
-from jaxmerge.checkpoints.renaming import Rule, rename
+from jaxmerge.renaming import Rule, rename
 
 ARRAYS = {
     "rows": np.arange(16 * 6).reshape(16, 6).astype(jnp.bfloat16),
@@ -101,9 +101,9 @@ def test_two_processes_read_only_what_they_hold(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     here = Path(__file__).parent
-    script = [sys.executable, here / "sharded_process.py"]
+    script = [sys.executable, here / "loading_process.py"]
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    environment["PYTHONPATH"] = str(here.parents[1])
+    environment["PYTHONPATH"] = str(here.parent)
     processes = [
         subprocess.Popen(
             [*script, str(number), str(port), source, tmp_path],

@@ -1,10 +1,32 @@
-"""A checkpoint that knows how much of it was read."""
+"""Checkpoints for tests: one in memory, and one that knows how much of it was read."""
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from jaxmerge.checkpoints import Checkpoint
+from jaxmerge.checkpoints import Checkpoint, LeafInfo
 from jaxmerge.checkpoints.indexing import ranges
+
+
+@dataclass
+class Memory:
+    """A checkpoint in memory."""
+
+    arrays: dict
+    path: Path = Path("memory")
+
+    @property
+    def leaves(self):
+        return {n: LeafInfo(a.shape, a.dtype) for n, a in self.arrays.items()}
+
+    def read(self, name, index=...):
+        return self.arrays[name][index]
+
+    def sidecars(self):
+        return [self.path / "config.json"]
+
+    def digest(self):
+        return {"model": "00"}
 
 
 @dataclass

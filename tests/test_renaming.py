@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from test_views import Memory
+from counting import Memory
 
 from jaxmerge.checkpoints import CheckpointError
-from jaxmerge.checkpoints.renaming import Rule, load_rules, presets, rename
 from jaxmerge.checkpoints.stacking import stack_layers, unstack_layers
 from jaxmerge.checkpoints.transforms import Rearrange
 from jaxmerge.recipe_syntax import RecipeError
+from jaxmerge.renaming import Rule, load_rules, presets, rename
 
 
 def model(shapes):

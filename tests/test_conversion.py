@@ -9,9 +9,9 @@ import pytest
 import jaxmerge
 from jaxmerge import convert, open_checkpoint
 from jaxmerge.checkpoints import CheckpointError
-from jaxmerge.checkpoints.renaming import Rule
 from jaxmerge.checkpoints.safetensors import SafetensorsFile
 from jaxmerge.cli import main
+from jaxmerge.renaming import Rule
 
 
 @pytest.fixture
