@@ -19,11 +19,11 @@ from jaxmerge.checkpoints.interface import (
     CheckpointError,
     Index,
     LeafInfo,
-    LeafWriter,
 )
 from jaxmerge.checkpoints.msgpack import FLAX_NAME, open_msgpack
 from jaxmerge.checkpoints.names import flatten, nest
 from jaxmerge.checkpoints.orbax import is_orbax, open_orbax
+from jaxmerge.checkpoints.output import LeafWriter
 from jaxmerge.checkpoints.peft import load_adapter, put_on_base
 from jaxmerge.checkpoints.peft_files import is_adapter, open_adapter
 from jaxmerge.checkpoints.safetensors import open_safetensors

@@ -1,11 +1,10 @@
 """What every format offers: leaves known without reading, then read one by one."""
 
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import EllipsisType, TracebackType
-from typing import Any, NamedTuple, Protocol, Self
+from types import EllipsisType
+from typing import NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -89,34 +88,3 @@ class Checkpoint(Protocol):
         Reads all of them once.
         """
         ...
-
-
-class LeafWriter(Protocol):
-    """A checkpoint in the making; a `with` block publishes it whole or not at all."""
-
-    @property
-    def path(self) -> Path:
-        """The directory that appears at the end."""
-        ...
-
-    def write(self, name: str, array: Any) -> None:
-        """Writes one leaf, in any order and from any thread.
-
-        Args:
-            name: a key of the announced leaves, not written before.
-            array: NumPy or JAX array of the announced shape and dtype.
-        """
-        ...
-
-    def add_file(self, name: str, content: bytes | str | os.PathLike[str]) -> None:
-        """Puts a further file next to the weights, from bytes or the path of a file."""
-        ...
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...

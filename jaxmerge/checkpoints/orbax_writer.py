@@ -9,6 +9,7 @@ and works with the whole JAX runtime.
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +25,7 @@ from jaxmerge.checkpoints.orbax import (
     ITEM_METADATA,
     place_of,
 )
-from jaxmerge.checkpoints.output import Output
+from jaxmerge.checkpoints.output import LeafWriter, Part
 
 ITEM = "state"
 MAX_CHUNK_BYTES = 16 * 2**20
@@ -33,17 +34,17 @@ _HANDLER = "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTree
 _DICT_KEY = 2  # as Orbax numbers the kinds of keys
 
 
-class OrbaxWriter(Output):
-    """Writes leaves in any order; the output appears when all of them are there.
+class OrbaxWriter(LeafWriter):
+    """Writes an Orbax checkpoint, as `LeafWriter` says.
 
-    As `Writer`, which writes safetensors. Leaves are cut into chunks of at most 16 MiB,
-    with a checksum each, so that every host of a mesh can read its own part. Names with
-    "/" become nested dicts, others stay whole.
+    Leaves are cut into chunks of at most 16 MiB, with a checksum each, so that every
+    host of a mesh can read its own part. Names with "/" become nested dicts, others
+    stay whole.
 
     Raises:
         FileExistsError: `out_dir` exists.
-        CheckpointError: see `Output`; or a dtype cannot be stored, or two leaves would
-            be one in Orbax, which joins keys with dots.
+        CheckpointError: see `LeafWriter`; or there are no leaves, a dtype cannot be
+            stored, or two leaves would be one in Orbax, which joins keys with dots.
 
     Example:
         >>> import tempfile
@@ -56,8 +57,17 @@ class OrbaxWriter(Output):
         [1, 1]
     """
 
-    def __init__(self, out_dir: str | os.PathLike[str], leaves: Mapping[str, LeafInfo]):
-        super().__init__(out_dir, leaves)
+    reserved = frozenset({CHECKPOINT_METADATA, INDICATOR, COMMIT_NAME})
+
+    def __init__(
+        self,
+        out_dir: str | os.PathLike[str],
+        leaves: Mapping[str, LeafInfo],
+        **options: Any,
+    ):
+        super().__init__(out_dir, leaves, **options)
+        if not self.leaves:
+            raise CheckpointError(f"There are no leaves to write to {self.path}.")
         nest(self.leaves)
         by_array: dict[str, str] = {}
         for name, info in self.leaves.items():
@@ -69,20 +79,32 @@ class OrbaxWriter(Output):
                     "checkpoint, which joins keys with dots; rename one."
                 )
         self._began = time.time_ns()
+        self._arrays: dict[str, Any] = {}
 
-    def _start(self) -> None:
-        (self._hidden / ITEM).mkdir()
+    def _create(self) -> None:
+        shutil.rmtree(self.unfinished / ITEM, ignore_errors=True)
+        (self.unfinished / ITEM).mkdir()
 
-    def _put(self, name: str, array: np.ndarray) -> None:
+    def _put(self, name: str, array: np.ndarray, part: Part) -> None:
+        target = self._array(name)[part.slices]
+        # Without this, TensorStore would copy the values, which nobody changes here.
+        target.write(array, can_reference_source_data_indefinitely=True).result()
+
+    def _array(self, name: str) -> Any:
         import tensorstore
 
-        place = place_of(self._hidden / ITEM, _array_name(name))
-        spec = {**_spec(self.leaves[name]), "kvstore": place}
-        store = tensorstore.open(spec, create=True, open=False).result()
-        # Without this, TensorStore would copy the leaf, which nobody changes here.
-        store.write(array, can_reference_source_data_indefinitely=True).result()
+        if name not in self._arrays:
+            place = place_of(self.unfinished / ITEM, _array_name(name))
+            spec = {**_spec(self.leaves[name]), "kvstore": place}
+            # It is there already if an interrupted writer did not complete it.
+            opening = tensorstore.open(spec, create=True, open=True)
+            self._arrays[name] = opening.result()
+        return self._arrays[name]
 
-    def _finish(self) -> None:
+    def _conclude(self) -> None:
+        for name, info in self.leaves.items():
+            if not info.entries:
+                self._array(name)  # of which there is nothing to write
         item = {
             "tree_metadata": {
                 str(tuple(name.split("/"))): {
@@ -116,7 +138,7 @@ class OrbaxWriter(Output):
             # Where directories cannot be renamed, Orbax believes this file alone.
             COMMIT_NAME: f"Checkpoint commit was successful to {self.path}",
         }.items():
-            (self._hidden / name).write_text(content, encoding="utf-8")
+            (self.unfinished / name).write_text(content, encoding="utf-8")
 
 
 def _array_name(name: str) -> str:
