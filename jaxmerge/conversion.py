@@ -1,9 +1,15 @@
 """Converts checkpoints between formats, names and dtypes, leaf by leaf."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from jaxmerge.checkpoints import Checkpoint, open_checkpoint, open_writer
+from jaxmerge.checkpoints import (
+    Checkpoint,
+    Index,
+    LeafInfo,
+    open_checkpoint,
+    open_writer,
+)
 from jaxmerge.checkpoints.files import config_with_dtype
 from jaxmerge.checkpoints.stacking import stack_layers, unstack_layers
 from jaxmerge.checkpoints.views import cast
@@ -11,6 +17,8 @@ from jaxmerge.renaming import Rule, load_rules, rename
 
 Progress = Callable[[int, int, str], None]
 """Called with the bytes written so far, those of the whole output, and the leaf."""
+
+BLOCK_BYTES = 128 * 2**20
 
 
 def convert(
@@ -28,8 +36,9 @@ def convert(
 ) -> None:
     """Writes a checkpoint in another format, with other names or another dtype.
 
-    Only one leaf is in memory at a time, except of a msgpack file, which is read whole.
-    Config, tokenizer and code go with it.
+    Rows of one leaf are in memory at a time, about 128 MiB of them, and of a stacked
+    leaf one layer more; except of a msgpack file, which is read whole. Config,
+    tokenizer and code go with it.
 
     Args:
         source: what `open_checkpoint` opens, or a checkpoint that is open.
@@ -82,9 +91,20 @@ def convert(
                 writer.add_file(path.name, config_with_dtype(path, dtype))
             else:
                 writer.add_file(path.name, path)
-        for name in view.leaves:
-            array = view.read(name)
-            writer.write(name, array)
-            done += array.nbytes
+        for name, info in view.leaves.items():
+            for start, index in _blocks(info, writer.row_step(name)):
+                writer.write(name, view.read(name, index), start)
+            done += info.nbytes
             if progress is not None:
                 progress(done, total, name)
+
+
+def _blocks(info: LeafInfo, step: int) -> Iterator[tuple[int, Index]]:
+    """The rows of a leaf that are in memory together: the first, and an index."""
+    if info.nbytes <= BLOCK_BYTES or not info.shape:
+        yield 0, ...
+        return
+    rows = info.shape[0]
+    at_once = max(step, BLOCK_BYTES * rows // info.nbytes // step * step)
+    for start in range(0, rows, at_once):
+        yield start, (slice(start, min(start + at_once, rows)),)

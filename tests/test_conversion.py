@@ -5,11 +5,12 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
+from counting import Counting
 
 import jaxmerge
-from jaxmerge import convert, open_checkpoint
-from jaxmerge.checkpoints import CheckpointError
-from jaxmerge.checkpoints.safetensors import SafetensorsFile
+from jaxmerge import conversion, convert, open_checkpoint
+from jaxmerge.checkpoints import FORMATS, CheckpointError, orbax_writer
+from jaxmerge.checkpoints.views import View
 from jaxmerge.cli import main
 from jaxmerge.renaming import Rule
 
@@ -87,20 +88,28 @@ def test_rules_as_objects_and_open_checkpoints(hf):
     assert open_checkpoint("long").leaves == open_checkpoint("hf").leaves
 
 
-def test_one_leaf_at_a_time(hf, monkeypatch):
-    events = []
-    read = SafetensorsFile.read
+@pytest.mark.parametrize("to", FORMATS)
+def test_large_leaves_are_converted_by_rows(hf, monkeypatch, to):
+    monkeypatch.setattr(conversion, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(orbax_writer, "MAX_CHUNK_BYTES", 40)
+    sizes = []
+    read = View.read
 
     def noted(self, name, index=...):
-        events.append(name)
-        return read(self, name, index)
+        array = read(self, name, index)
+        sizes.append(array.nbytes)
+        return array
 
-    monkeypatch.setattr(SafetensorsFile, "read", noted)
+    monkeypatch.setattr(View, "read", noted)
+    source = Counting(open_checkpoint("hf"))
+    convert(source, "out", to, names="llama", stack="layers_{}")
+    assert max(sizes) <= 100
+    assert source.nbytes == {name: array.nbytes for name, array in hf.items()}
     convert(
-        "hf", "out", "orbax", progress=lambda done, total, name: events.append(name)
+        "out", "back", "safetensors", names="llama", inverse=True, unstack="layers_{}"
     )
-    names = list(open_checkpoint("hf").leaves)
-    assert events == [name for leaf in names for name in (leaf, leaf)]
+    for name, array in hf.items():
+        np.testing.assert_array_equal(open_checkpoint("back").read(name), array)
 
 
 @pytest.mark.parametrize(

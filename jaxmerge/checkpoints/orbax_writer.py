@@ -90,6 +90,9 @@ class OrbaxWriter(LeafWriter):
         # Without this, TensorStore would copy the values, which nobody changes here.
         target.write(array, can_reference_source_data_indefinitely=True).result()
 
+    def row_step(self, name: str) -> int:
+        return (chunk_shape(self.leaves[name]) or [1])[0]
+
     def _array(self, name: str) -> Any:
         import tensorstore
 
@@ -165,16 +168,20 @@ def _spec(info: LeafInfo) -> dict[str, Any]:
 
 
 def chunk_shape(info: LeafInfo) -> list[int]:
-    """Halves the longest axis until a chunk is small enough.
+    """Halves axes until a chunk is small enough.
+
+    Those that stack matrices come first, so that layers are apart, and then the longer
+    one of the last two, so that sharding along either reads little in vain.
 
     Example:
-        >>> chunk_shape(LeafInfo((4096, 11008), np.dtype("float32")))
-        [2048, 1376]
+        >>> chunk_shape(LeafInfo((32, 4096, 11008), np.dtype("float32")))
+        [1, 2048, 1376]
     """
     shape = [max(size, 1) for size in info.shape]
     while math.prod(shape) * info.dtype.itemsize > MAX_CHUNK_BYTES:
-        longest = shape.index(max(shape))
-        shape[longest] = -(-shape[longest] // 2)
+        stacked = (axis for axis, size in enumerate(shape[:-2]) if size > 1)
+        axis = next(stacked, shape.index(max(shape)))
+        shape[axis] = -(-shape[axis] // 2)
     return shape
 
 

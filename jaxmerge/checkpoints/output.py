@@ -138,6 +138,10 @@ class LeafWriter:
         self._put(name, array, part)
         self._missing[name] -= array.size
 
+    def row_step(self, name: str) -> int:
+        """Of how many rows, or a multiple, a leaf is best written at a time."""
+        return 1
+
     def complete(self, name: str, note: Any) -> None:
         """Notes, for a writer that goes on after an interruption, that a leaf is there.
 

@@ -111,6 +111,45 @@ def test_threads_may_write(tmp_path, format):
         np.testing.assert_array_equal(checkpoint.read(name), array)
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_leaves_may_be_written_by_rows(tmp_path, monkeypatch, format):
+    monkeypatch.setattr(orbax_writer, "MAX_CHUNK_BYTES", 64)
+    monkeypatch.setattr(msgpack_writer, "MAX_PIECE_BYTES", 50)
+    array = np.arange(11 * 3 * 2, dtype=np.int16).reshape(11, 3, 2)
+    with open_writer(tmp_path / "out", infos({"w": array}), format) as writer:
+        for start, stop in ((4, 5), (9, 11), (0, 4), (5, 9)):
+            writer.write("w", array[start:stop], start)
+        with pytest.raises(CheckpointError, match=r"'w' of .* is written twice"):
+            writer.write("w", array[:1], 0)
+    assert_same(open_checkpoint(tmp_path / "out"), {"w": array})
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_interrupted_writer_goes_on(tmp_path, format):
+    arrays = {"a": np.arange(3.0), "b": np.arange(8.0).reshape(4, 2), "e": np.zeros(0)}
+
+    def write(*steps):
+        path = tmp_path / "out"
+        with open_writer(path, infos(arrays), format, identity="it") as writer:
+            for step in steps:
+                step(writer)
+        return writer
+
+    def interrupted(writer):
+        writer.write("a", arrays["a"])
+        writer.complete("a", "note")
+        writer.write("b", np.full((2, 2), 9.0))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(interrupted)
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    resumed = write(lambda writer: writer.write("b", arrays["b"]))
+    assert resumed.done == {"a": "note"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert_same(open_checkpoint(tmp_path / "out"), arrays)
+
+
 LEAVES = {"a": LeafInfo((2,), F32), "b": LeafInfo((), F32)}
 
 
