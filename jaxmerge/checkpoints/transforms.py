@@ -137,42 +137,36 @@ class Rearrange(NamedTuple):
 
     def read(self, read: Read, source: LeafInfo, index: Index) -> np.ndarray:
         sizes = self._all_sizes(source.shape)
-        shape = self.info(source).shape
-        wanted = ranges(index, shape)
+        wanted = ranges(index, self.info(source).shape)
         if not all(wanted):
-            return np.empty([len(r) for r in wanted], source.dtype)
-        parts = {name: (0, size) for name, size in sizes.items()}
-        for (first, *inner), along in zip(self.after, wanted, strict=True):
-            step = math.prod(sizes[name] for name in inner)
-            low, high = min(along), max(along) + 1
-            parts[first] = (low // step, -(-high // step))
-
-        index_of_source, cut = [], []
-        for first, *inner in self.before:
-            step = math.prod(sizes[name] for name in inner)
-            low, high = parts[first]
-            index_of_source.append(slice(low * step, high * step))
-            cut += [slice(None), *(slice(*parts[name]) for name in inner)]
-        array = read(tuple(index_of_source))
+            return np.empty([len(along) for along in wanted], source.dtype)
+        # Of an axis that is a product, whole slices along its first name are taken.
+        parts = {name: range(size) for name, size in sizes.items()}
+        for axis, along in zip(self.after, wanted, strict=True):
+            step = _step(axis, sizes)
+            parts[axis[0]] = range(min(along) // step, max(along) // step + 1)
+        array = self._read_parts(read, parts, sizes)
         names = _names(self.before)
-        leading = {first for first, *_ in self.before}
-        array = array.reshape(
-            [
-                parts[name][1] - parts[name][0] if name in leading else sizes[name]
-                for name in names
-            ]
-        )[tuple(cut)]
         array = array.transpose([names.index(name) for name in _names(self.after)])
-
-        remaining = []
-        for (first, *inner), along in zip(self.after, wanted, strict=True):
-            step = math.prod(sizes[name] for name in inner)
-            remaining.append(shifted(along, parts[first][0] * step))
-        lengths = [
-            math.prod(parts[name][1] - parts[name][0] for name in axis)
-            for axis in self.after
-        ]
+        lengths = [math.prod(len(parts[name]) for name in axis) for axis in self.after]
+        remaining = (
+            shifted(along, parts[axis[0]].start * _step(axis, sizes))
+            for axis, along in zip(self.after, wanted, strict=True)
+        )
         return array.reshape(lengths)[tuple(remaining)]
+
+    def _read_parts(
+        self, read: Read, parts: Mapping[str, range], sizes: Mapping[str, int]
+    ) -> np.ndarray:
+        """Reads what holds the parts and cuts them out, with an axis for each name."""
+        index, lengths, cut = [], [], []
+        for axis in self.before:
+            first, step = parts[axis[0]], _step(axis, sizes)
+            index.append(slice(first.start * step, first.stop * step))
+            lengths += [len(first), *(sizes[name] for name in axis[1:])]
+            inner = (slice(parts[n].start, parts[n].stop) for n in axis[1:])
+            cut += [slice(None), *inner]
+        return read(tuple(index)).reshape(lengths)[tuple(cut)]
 
     def _all_sizes(self, shape: Sequence[int]) -> dict[str, int]:
         """The size of every name; at most one per axis follows from the shape."""
@@ -222,3 +216,8 @@ def _parse_axes(side: str, pattern: str) -> tuple[Axes, dict[str, int]]:
 
 def _names(axes: Axes) -> list[str]:
     return [name for axis in axes for name in axis]
+
+
+def _step(axis: Sequence[str], sizes: Mapping[str, int]) -> int:
+    """How many entries of an axis the first of its names spans."""
+    return math.prod(sizes[name] for name in axis[1:])

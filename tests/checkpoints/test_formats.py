@@ -27,6 +27,7 @@ ARRAYS = {
     "empty": np.zeros((0, 4), np.float32),
     "flags": np.array([True, False]),
     "model.layers.0.mlp.weight": np.array([[1.5, np.nan], [-0.0, np.inf]], np.float32),
+    "nested/with.dots/w": np.ones((1, 1), np.float16),
     "narrow": np.arange(4).astype(ml_dtypes.float8_e4m3fn),
     "step": np.int32(7),
     "wide": np.arange(100, dtype=np.int64)[::-3],
