@@ -92,19 +92,19 @@ def convert(
             else:
                 writer.add_file(path.name, path)
         for name, info in view.leaves.items():
-            for start, index in _blocks(info, writer.row_step(name)):
-                writer.write(name, view.read(name, index), start)
+            for index in _blocks(info, writer.row_step(name)):
+                writer.write(name, view.read(name, index), index)
             done += info.nbytes
             if progress is not None:
                 progress(done, total, name)
 
 
-def _blocks(info: LeafInfo, step: int) -> Iterator[tuple[int, Index]]:
-    """The rows of a leaf that are in memory together: the first, and an index."""
+def _blocks(info: LeafInfo, step: int) -> Iterator[Index]:
+    """Cuts a leaf into rows that are in memory together."""
     if info.nbytes <= BLOCK_BYTES or not info.shape:
-        yield 0, ...
+        yield ...
         return
     rows = info.shape[0]
     at_once = max(step, BLOCK_BYTES * rows // info.nbytes // step * step)
     for start in range(0, rows, at_once):
-        yield start, (slice(start, min(start + at_once, rows)),)
+        yield (slice(start, min(start + at_once, rows)),)

@@ -80,12 +80,13 @@ def open_checkpoint(
                 "checkpoint as the base."
             )
         return put_on_base(open_adapter(path), base)
-    if is_orbax(path):
-        return open_orbax(path)
     if path.is_dir():
-        safetensors = any(path.glob("*.safetensors*"))
-        only_flax = (path / FLAX_NAME).is_file() and not safetensors
-        return open_msgpack(path) if only_flax else open_directory(path)
+        if any(path.glob("*.safetensors*")):
+            return open_directory(path)
+        if is_orbax(path):
+            return open_orbax(path)
+        is_flax = (path / FLAX_NAME).is_file()
+        return open_msgpack(path) if is_flax else open_directory(path)
     require_weights(path)
     if path.suffix == ".safetensors":
         return open_safetensors(path)

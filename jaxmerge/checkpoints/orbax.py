@@ -71,10 +71,10 @@ class OrbaxDirectory:
 def is_orbax(path: Path) -> bool:
     """Whether a directory is an Orbax checkpoint, part of one, or holds several."""
     marks = (CHECKPOINT_METADATA, ITEM_METADATA, INDICATOR, DATABASE)
-    return path.is_dir() and (
+    return (
         _UNFINISHED in path.name
         or any((path / mark).is_file() for mark in marks)
-        or bool(_with(CHECKPOINT_METADATA, path))
+        or bool(_with(CHECKPOINT_METADATA, path) or _with(ITEM_METADATA, path))
     )
 
 

@@ -3,7 +3,7 @@
 The layout is that of the v1 API (see `orbax`): `ocp.load(path)` restores it, and so do
 the checkpointers of v0 with the item itself, `path / "state"`. Arrays are written with
 TensorStore, one at a time: `ocp.partial.save` is slower by leaf, takes no empty ones,
-and works with the whole JAX runtime.
+and needs JAX.
 """
 
 import json

@@ -1,6 +1,7 @@
 """All formats: what is written in one comes back from another, or nothing appears."""
 
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import flax.serialization
@@ -113,16 +114,22 @@ def test_threads_may_write(tmp_path, format):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_leaves_may_be_written_by_rows(tmp_path, monkeypatch, format):
+def test_leaves_may_be_written_in_parts(tmp_path, monkeypatch, format):
     monkeypatch.setattr(orbax_writer, "MAX_CHUNK_BYTES", 64)
     monkeypatch.setattr(msgpack_writer, "MAX_PIECE_BYTES", 50)
-    array = np.arange(11 * 3 * 2, dtype=np.int16).reshape(11, 3, 2)
-    with open_writer(tmp_path / "out", infos({"w": array}), format) as writer:
-        for start, stop in ((4, 5), (9, 11), (0, 4), (5, 9)):
-            writer.write("w", array[start:stop], start)
-        with pytest.raises(CheckpointError, match=r"'w' of .* is written twice"):
-            writer.write("w", array[:1], 0)
-    assert_same(open_checkpoint(tmp_path / "out"), {"w": array})
+    array = np.arange(11 * 3 * 5, dtype=np.int16).reshape(11, 3, 5)
+    arrays = {"rows": array, "columns": array, "middle": array, "line": array[0, 0]}
+    with open_writer(tmp_path / "out", infos(arrays), format) as writer:
+        for name, axis, ends in (
+            *(("rows", 0, (4, 5, 9, 11)), ("columns", 2, (2, 5))),
+            *(("middle", 1, (1, 3)), ("line", 0, (4, 5))),
+        ):
+            for start, stop in reversed(list(zip((0, *ends), ends, strict=False))):
+                index = (*[slice(None)] * axis, slice(start, stop))
+                writer.write(name, arrays[name][index], index)
+        with pytest.raises(CheckpointError, match=r"'rows' of .* is written twice"):
+            writer.write("rows", array[:1], (slice(0, 1),))
+    assert_same(open_checkpoint(tmp_path / "out"), arrays)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -139,7 +146,7 @@ def test_an_interrupted_writer_goes_on(tmp_path, format):
     def interrupted(writer):
         writer.write("a", arrays["a"])
         writer.complete("a", "note")
-        writer.write("b", np.full((2, 2), 9.0))
+        writer.write("b", np.full((2, 2), 9.0), (slice(0, 2),))
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -147,6 +154,33 @@ def test_an_interrupted_writer_goes_on(tmp_path, format):
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
     resumed = write(lambda writer: writer.write("b", arrays["b"]))
     assert resumed.done == {"a": "note"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert_same(open_checkpoint(tmp_path / "out"), arrays)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_two_processes_write_one_output(tmp_path, monkeypatch, format):
+    """Threads stand for them; each writes its own columns of every leaf."""
+    monkeypatch.setattr(orbax_writer, "MAX_CHUNK_BYTES", 256)
+    arrays = {f"l{i}/w": np.arange(160.0).reshape(16, 10) + i for i in range(4)}
+    barrier = threading.Barrier(2, timeout=60)
+
+    def agree(error):
+        barrier.wait()
+        if error is not None:
+            raise error
+
+    def process(number):
+        options = {"identity": "it", "process": number, "agree": agree}
+        out = open_writer(tmp_path / "out", infos(arrays), format, **options)
+        with out as writer:
+            for name, array in arrays.items():
+                index = (slice(None), slice(5 * number, 5 * number + 5))
+                writer.write(name, array[index], index)
+            writer.add_file("config.json", b"{}")
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(process, range(2)))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert_same(open_checkpoint(tmp_path / "out"), arrays)
 

@@ -279,6 +279,9 @@ def test_what_is_no_single_checkpoint(tmp_path, params, v1):
         shutil.copytree(v1, tmp_path / "steps" / str(step))
     with pytest.raises(CheckpointError, match=r"checkpoints, 7, 11; .* as .*steps/11"):
         open_checkpoint(tmp_path / "steps")
+    (several / "_CHECKPOINT_METADATA").unlink()
+    shutil.rmtree(several / "ema")
+    assert set(open_checkpoint(several).leaves) == {"w"}
     left = tmp_path / "out.orbax-checkpoint-tmp"
     shutil.copytree(v1, left)
     with pytest.raises(CheckpointError, match="what is left of an interrupted save"):
