@@ -8,9 +8,11 @@ if TYPE_CHECKING:
     from jaxmerge.analysis import compare
     from jaxmerge.calibration import calibrate, subspace_boost
     from jaxmerge.checkpoints import load, load_adapter, open_checkpoint, save
+    from jaxmerge.conversion import convert
     from jaxmerge.depth import lines
     from jaxmerge.leafwise import task_vector
     from jaxmerge.linalg import map_matrices
+    from jaxmerge.loading import load_sharded
     from jaxmerge.lowrank import LowRank, apply_adapter
     from jaxmerge.matrices import MatrixAxes, matrix_axes
     from jaxmerge.merging import merge_checkpoints
@@ -67,6 +69,7 @@ __all__ = [
     "collect",
     "compare",
     "consensus",
+    "convert",
     "core_space",
     "dare",
     "dc_merge",
@@ -82,6 +85,7 @@ __all__ = [
     "load",
     "load_adapter",
     "load_recipe",
+    "load_sharded",
     "localize_and_stitch",
     "lorm",
     "lot_merge",
@@ -129,6 +133,8 @@ _HOMES = {
     "analysis": ["compare"],
     "calibration": ["calibrate", "subspace_boost"],
     "checkpoints": ["load", "load_adapter", "open_checkpoint", "save"],
+    "loading": ["load_sharded"],
+    "conversion": ["convert"],
     "depth": ["lines"],
     "leafwise": ["task_vector"],
     "linalg": ["map_matrices"],

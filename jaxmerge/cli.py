@@ -1,4 +1,4 @@
-"""The command line: `jaxmerge merge`, `methods`, `inspect`, `store` and others."""
+"""The command line: `jaxmerge merge`, `methods`, `convert`, `store` and others."""
 
 import argparse
 import csv
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxmerge import meshes, store_cli
+from jaxmerge import convert_cli, meshes, store_cli
 from jaxmerge.console import (
     CommandError,
     parse_size,
@@ -19,6 +19,7 @@ from jaxmerge.console import (
 # Commands import what they need themselves, so that `--help` does not wait for it.
 if TYPE_CHECKING:
     from jaxmerge.analysis import Comparison, Statistics
+    from jaxmerge.checkpoints import Checkpoint
     from jaxmerge.checkpoints.peft_files import PeftAdapter
     from jaxmerge.registry import Method
 
@@ -96,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--csv", metavar="FILE", help="also write a row per leaf")
 
+    convert_cli.add_to(commands)
     store_cli.add_to(commands)
 
     demo = add("demo", _demo, "Train, merge and compare small models")
@@ -188,7 +190,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     dtypes = ", ".join(dict.fromkeys(str(info.dtype) for info in infos))
     size = readable_size(sum(info.nbytes for info in infos))
     print(f"{len(rows)} leaves, {entries:,} entries, {size}, {dtypes}")
-    print(f"Format: {_format(checkpoint.path)}")
+    print(f"Format: {_format(checkpoint)}")
 
 
 def _describe_adapter(adapter: "PeftAdapter") -> None:
@@ -205,10 +207,16 @@ def _describe_adapter(adapter: "PeftAdapter") -> None:
     print("Format: PEFT LoRA adapter, which adds scaling * B @ A")
 
 
-def _format(path: Any) -> str:
-    if path.is_dir():
+def _format(checkpoint: "Checkpoint") -> str:
+    from jaxmerge.checkpoints.huggingface import HuggingFaceDirectory
+    from jaxmerge.checkpoints.msgpack import MsgpackFile
+    from jaxmerge.checkpoints.orbax import OrbaxDirectory
+
+    if isinstance(checkpoint, HuggingFaceDirectory):
         return "safetensors, directory in Hugging Face layout"
-    return {".safetensors": "safetensors", ".msgpack": "flax msgpack"}[path.suffix]
+    if isinstance(checkpoint, OrbaxDirectory):
+        return "Orbax"
+    return "flax msgpack" if isinstance(checkpoint, MsgpackFile) else "safetensors"
 
 
 def _compare(arguments: argparse.Namespace) -> None:

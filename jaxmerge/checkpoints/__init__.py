@@ -1,4 +1,4 @@
-"""Checkpoints on disk: one lazy interface for reading, one atomic writer."""
+"""Checkpoints on disk: one lazy interface for reading, one for writing atomically."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -20,26 +20,32 @@ from jaxmerge.checkpoints.interface import (
     Index,
     LeafInfo,
 )
-from jaxmerge.checkpoints.msgpack import open_msgpack
+from jaxmerge.checkpoints.msgpack import FLAX_NAME, open_msgpack
 from jaxmerge.checkpoints.names import flatten, nest
+from jaxmerge.checkpoints.orbax import is_orbax, open_orbax
+from jaxmerge.checkpoints.output import LeafWriter
 from jaxmerge.checkpoints.peft import load_adapter, put_on_base
 from jaxmerge.checkpoints.peft_files import is_adapter, open_adapter
 from jaxmerge.checkpoints.safetensors import open_safetensors
 from jaxmerge.checkpoints.writer import MAX_SHARD_BYTES, Writer
+from jaxmerge.checkpoints.writing import FORMATS, open_writer
 
 __all__ = [
+    "FORMATS",
     "MAX_SHARD_BYTES",
     "REPORT_NAME",
     "Checkpoint",
     "CheckpointError",
     "Index",
     "LeafInfo",
+    "LeafWriter",
     "Writer",
     "is_adapter",
     "load",
     "load_adapter",
     "open_adapter",
     "open_checkpoint",
+    "open_writer",
     "save",
 ]
 
@@ -52,8 +58,9 @@ def open_checkpoint(
     Args:
         path: a directory in Hugging Face layout (`model.safetensors`, or shards and
             `model.safetensors.index.json`, or a single file `*.safetensors`), a
-            `.safetensors` file, a `.msgpack` file of flax, which is read whole, or the
-            directory of a PEFT LoRA adapter.
+            `.safetensors` file, an Orbax checkpoint, a `.msgpack` file of flax or a
+            directory with `flax_model.msgpack`, which is read whole, or the directory
+            of a PEFT LoRA adapter.
         base: the checkpoint that an adapter belongs to; others need none.
 
     Returns:
@@ -74,7 +81,12 @@ def open_checkpoint(
             )
         return put_on_base(open_adapter(path), base)
     if path.is_dir():
-        return open_directory(path)
+        if any(path.glob("*.safetensors*")):
+            return open_directory(path)
+        if is_orbax(path):
+            return open_orbax(path)
+        is_flax = (path / FLAX_NAME).is_file()
+        return open_msgpack(path) if is_flax else open_directory(path)
     require_weights(path)
     if path.suffix == ".safetensors":
         return open_safetensors(path)
@@ -84,7 +96,7 @@ def open_checkpoint(
         raise CheckpointError(convert_pickle_message(pickled))
     raise CheckpointError(
         f"{path} has the suffix {path.suffix!r}; a checkpoint is a .safetensors file, "
-        "a .msgpack file of flax, or a directory in Hugging Face layout."
+        "a .msgpack file of flax, or a directory in Hugging Face layout or of Orbax."
     )
 
 

@@ -1,12 +1,15 @@
 """Files of a checkpoint: which are there, what they are, what is wrong with them."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from jaxmerge.checkpoints.interface import CheckpointError
 
 REPORT_NAME = "jaxmerge_report.json"
+COMMIT_NAME = "commit_success.txt"
+"""What Orbax puts next to a complete checkpoint."""
 
 _SIDECAR_SUFFIXES = frozenset(
     {".bpe", ".jinja", ".json", ".model", ".py", ".spm", ".tiktoken", ".txt", ".vocab"}
@@ -66,15 +69,31 @@ def sidecar_files(directory: Path) -> list[Path]:
         if path.suffix in _SIDECAR_SUFFIXES
         and not path.name.startswith(".")
         and ".index." not in path.name
-        and path.name != REPORT_NAME
+        and path.name not in (REPORT_NAME, COMMIT_NAME)
         and path.is_file()
     )
 
 
-def sha256_of(paths: Iterable[Path]) -> dict[str, str]:
-    """Computes file name -> SHA-256 (hex)."""
+def config_with_dtype(path: Path, dtype: str) -> bytes:
+    """A model's `config.json` that says another dtype, where it says one at all.
+
+    Raises:
+        CheckpointError: the file is not JSON.
+    """
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); repair it.") from error
+    for key in {"torch_dtype", "dtype"} & config.keys():
+        config[key] = dtype
+    return (json.dumps(config, indent=2) + "\n").encode()
+
+
+def sha256_of(paths: Iterable[Path], root: Path | None = None) -> dict[str, str]:
+    """Computes file name -> SHA-256 (hex); names are relative to `root`, if given."""
     digests = {}
     for path in paths:
+        name = path.name if root is None else path.relative_to(root).as_posix()
         with path.open("rb") as file:
-            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return digests

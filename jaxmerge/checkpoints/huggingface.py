@@ -76,8 +76,8 @@ def _find_single_file(directory: Path) -> Path:
         raise CheckpointError(convert_pickle_message(pickled))
     raise CheckpointError(
         f"{directory} holds no weights: looked for {WEIGHTS_NAME}, {INDEX_NAME} or a "
-        f"single *.safetensors file; {contents_of(directory)}. "
-        "Check the path, or name a .msgpack file itself."
+        f"single *.safetensors file, and for an Orbax checkpoint; "
+        f"{contents_of(directory)}. Check the path, or name a .msgpack file itself."
     )
 
 

@@ -6,9 +6,15 @@ from pathlib import Path
 from types import EllipsisType
 from typing import NamedTuple, Protocol
 
+import ml_dtypes
 import numpy as np
 
 Index = tuple[slice, ...] | EllipsisType
+
+FLOATS = tuple(
+    np.dtype(kind) for kind in (ml_dtypes.bfloat16, "float16", "float32", "float64")
+)
+"""The floating-point dtypes that one can compute with and cast to."""
 
 
 class CheckpointError(ValueError):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxmerge.checkpoints.interface import (
+    FLOATS,
     Checkpoint,
     CheckpointError,
     Index,
@@ -22,7 +23,6 @@ from jaxmerge.checkpoints.interface import (
 from jaxmerge.checkpoints.names import require_leaf
 from jaxmerge.checkpoints.peft_files import (
     CONFIG_NAME,
-    FLOATS,
     MERGE_FIRST,
     PeftAdapter,
     open_adapter,

@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from jaxmerge.checkpoints import huggingface
 from jaxmerge.checkpoints.files import contents_of, pickled_weights, sha256_of
-from jaxmerge.checkpoints.interface import CheckpointError, Index
+from jaxmerge.checkpoints.interface import FLOATS, CheckpointError, Index
 from jaxmerge.checkpoints.safetensors import SafetensorsFile, open_safetensors
 
 CONFIG_NAME = "adapter_config.json"
@@ -42,9 +41,6 @@ _LINEAR = re.compile(r"(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")
 _EMBEDDING = re.compile(r"(.+)\.lora_(embedding_[AB])(?:\.[^.]+)?")
 _UNKNOWN = re.compile(
     r"(.+\.)?(lora_\w+|modules_to_save|original_module|token_adapter)(\..+)?"
-)
-FLOATS = tuple(
-    np.dtype(kind) for kind in (ml_dtypes.bfloat16, "float16", "float32", "float64")
 )
 
 

@@ -19,6 +19,7 @@ from jaxmerge.checkpoints import (
     LeafInfo,
     Writer,
     load,
+    output,
     save,
     writer,
 )
@@ -228,7 +229,8 @@ def test_interruption_leaves_nothing_behind(tmp_path, error):
 
 @pytest.mark.parametrize("step", ["_write_at", "_create_file", "_sync"])
 def test_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, step):
-    real = getattr(writer, step)
+    module = output if step == "_sync" else writer
+    real = getattr(module, step)
     calls = []
 
     def fails_the_second_time(*arguments):
@@ -237,7 +239,7 @@ def test_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, step):
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(*arguments)
 
-    monkeypatch.setattr(writer, step, fails_the_second_time)
+    monkeypatch.setattr(module, step, fails_the_second_time)
     params = {"a": np.ones(8), "b": np.ones(8)}
     with pytest.raises(OSError, match="No space left on device"):
         save(tmp_path / "out", params, max_shard_bytes=64)
@@ -287,7 +289,7 @@ def test_free_space_is_that_of_the_target_disk(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     asked = []
     monkeypatch.setattr(
-        writer.shutil, "disk_usage", lambda path: asked.append(path) or usage
+        output.shutil, "disk_usage", lambda path: asked.append(path) or usage
     )
     with pytest.raises(CheckpointError, match="has only 1,000 free"):
         save(tmp_path / "new" / "out", {"w": np.ones(1000)})
