@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -94,6 +95,19 @@ class Part(NamedTuple):
         leaves = checkpoint.leaves
         return {name: jax.ShapeDtypeStruct(*leaves[name]) for name in self.merged}
 
+class Plan(NamedTuple):
+    """An output that is made part by part.
+
+    Attributes:
+        parts: which together have each leaf of the output once.
+        sidecars: the files beside the weights by name: their bytes, or what to copy.
+        max_shard_bytes: values per file of weights.
+    """
+
+    parts: list[Part]
+    sidecars: dict[str, bytes | Path]
+    max_shard_bytes: int
+
 
 def open_inputs(recipe: Recipe) -> Inputs:
     """Opens all checkpoints of a recipe; adapters as the models they make of its base.
@@ -127,8 +141,8 @@ def plan_leaves(recipe: Recipe, inputs: Inputs) -> dict[str, Step]:
         action = _taken(recipe.take, name)
         if action is None and is_factor(name):
             unlike[name] = _FACTORS
-        elif action is None and (difference := _difference(infos, checkpoints)):
-            unlike[name] = difference
+        elif action is None and (reason := difference(infos, checkpoints)):
+            unlike[name] = reason
         elif action == "base" and "base" not in infos:
             unlike[name] = "to be taken from the base, which has not got it"
         elif action == "first" and infos.keys() == {"base"}:
@@ -179,7 +193,7 @@ def _check_rules(recipe: Recipe, names: Collection[str]) -> None:
                 )
 
 
-def _difference(
+def difference(
     infos: Mapping[str, LeafInfo], checkpoints: Mapping[str, Checkpoint]
 ) -> str:
     """Why a leaf cannot be merged; empty if it can."""

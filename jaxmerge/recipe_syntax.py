@@ -71,6 +71,11 @@ def read_yaml(text: str, source: str) -> Document:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else None
         message = f"no valid YAML: {error.problem}; {_ADVICE}"
+        if error.problem == "but found another document":
+            message = (
+                "a second recipe starts here; put each into a file of its own and run "
+                "them one after another, each into the directory that later ones name"
+            )
         raise RecipeError(_format(line, message, source)) from error
     except yaml.YAMLError as error:
         message = f"no valid YAML: {str(error).splitlines()[0]}"

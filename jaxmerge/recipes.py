@@ -285,8 +285,12 @@ def _method_problems(method: Method, fields: Mapping[str, Any]) -> Iterator[_Mis
         yield ("method",), f"{message} cannot give; call jaxmerge.{method.name}"
     if method.needs_base and fields.get("base", "") is None:
         yield ("method",), f"method {method.name} needs a base; add the key 'base'"
+    from_base = "origin" in fields.get("options", {})
+    if from_base and fields.get("base", "") is None:
+        yield ("options", "origin"), "the origin is the base; add the key 'base'"
     if (
         not method.needs_base
+        and not from_base
         and fields.get("base") is not None
         and not any(
             is_adapter(Path(path)) for path in fields.get("models", {}).values()
@@ -316,6 +320,8 @@ def _option_problems(method: Method, fields: Mapping[str, Any]) -> Iterator[_Mis
         place = ("options", name)
         if name not in allowed:
             yield place, unknown("option", name, list(allowed), of=method.name)
+        elif name == "origin" and value != "base":
+            yield place, f"option 'origin' is {value!r}; it must be 'base'"
         elif not _fits(value, hints[name]):
             expected = _expected(hints[name])
             yield place, f"option {name!r} is {value!r}; it must be {expected}"

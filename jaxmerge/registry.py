@@ -101,7 +101,6 @@ class Method(NamedTuple):
             "info",
             "base_statistics",
             "masks",
-            "origin",
             "sensitivity",
         )
         return {n: p for n, p in self.parameters.items() if n not in filled_in}
@@ -116,7 +115,8 @@ class Method(NamedTuple):
         """The method as `function(base, models)`, whatever parameters it has.
 
         Args:
-            options: keyword parameters, those that `options` lists.
+            options: keyword parameters, those that `options` lists; `origin="base"`
+                makes the base the origin of a method that has one.
             seed: for methods that draw at random.
             names: what such methods know the models by.
             statistics: of each model, for methods that need them.
@@ -126,7 +126,8 @@ class Method(NamedTuple):
 
         def call(base: Any, models: Sequence[Any]) -> Any:
             trees = (base, models) if self.needs_base else (models,)
-            return self.function(*trees, *known, **options, **drawn)
+            origin = {"origin": base} if options.get("origin") == "base" else {}
+            return self.function(*trees, *known, **{**options, **drawn, **origin})
 
         return call
 
