@@ -79,7 +79,8 @@ class Recipe:
         models: name -> checkpoint of each model, or LoRA adapter to the base, in order.
             Methods that draw at random draw by name.
         base: the checkpoint of the common start, for methods that have one; for others
-            only where `models` has LoRA adapters, which belong to it.
+            only where `models` has LoRA adapters, which belong to it, or where the
+            option `origin` is "base".
         options: keyword parameters of the method.
         seed: for methods that draw at random.
         dtype: one of `DTYPES` for all floating-point leaves that are written; None
@@ -283,14 +284,11 @@ def _method_problems(method: Method, fields: Mapping[str, Any]) -> Iterator[_Mis
     if method.needs_statistics:
         message = f"method {method.name} needs statistics of data, which recipes"
         yield ("method",), f"{message} cannot give; call jaxmerge.{method.name}"
-    if method.needs_base and fields.get("base", "") is None:
+    uses_base = method.uses_base(fields.get("options", {}))
+    if uses_base and fields.get("base", "") is None:
         yield ("method",), f"method {method.name} needs a base; add the key 'base'"
-    from_base = "origin" in fields.get("options", {})
-    if from_base and fields.get("base", "") is None:
-        yield ("options", "origin"), "the origin is the base; add the key 'base'"
     if (
-        not method.needs_base
-        and not from_base
+        not uses_base
         and fields.get("base") is not None
         and not any(
             is_adapter(Path(path)) for path in fields.get("models", {}).values()

@@ -65,6 +65,10 @@ class Method(NamedTuple):
         """Whether it measures models from a common start."""
         return self._takes("base")
 
+    def uses_base(self, options: Mapping[str, Any]) -> bool:
+        """Whether it measures models from a base: always, or with `origin="base"`."""
+        return self.needs_base or "origin" in options
+
     @property
     def needs_key(self) -> bool:
         """Whether it draws at random."""

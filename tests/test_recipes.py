@@ -182,6 +182,14 @@ def test_message_names_the_line(text, line, message):
             "r.yaml:3: method average has no base; remove it",
         ),
         (
+            "method: nuslerp\nmodels: [a, b]\noptions: {origin: base}",
+            "r.yaml:1: method nuslerp needs a base; add the key 'base'",
+        ),
+        (
+            "method: nuslerp\nmodels: [a, b]\nbase: c\noptions:\n  origin: zero",
+            "r.yaml:5: option 'origin' is 'zero'; it must be 'base'",
+        ),
+        (
             "method: slerp\nmodels: [a, b, c]",
             "r.yaml:2: method slerp merges at most 2 models, found 3",
         ),

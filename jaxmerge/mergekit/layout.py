@@ -62,11 +62,11 @@ class Layout(NamedTuple):
     Attributes:
         leaves: in order.
         layers: for each layer of a recipe with slices, the model that it is named and
-            configured after, and its number there; else None.
+            configured after, and its number there; else empty.
     """
 
     leaves: list[OutputLeaf]
-    layers: list[tuple[ModelRef, int]] | None
+    layers: list[tuple[ModelRef, int]]
 
 
 def lay_out(recipe: MergekitRecipe, models: Models) -> Layout:
@@ -77,7 +77,7 @@ def lay_out(recipe: MergekitRecipe, models: Models) -> Layout:
         RecipeError: leaves that not all models have.
     """
     if recipe.slices[0].sources[0].layers is None:
-        layout = Layout(list(_whole(recipe.slices[0], models)), None)
+        layout = Layout(list(_whole(recipe.slices[0], models)), [])
     else:
         layout = _sliced(recipe, models)
     leaves = [leaf._replace(origins=_untie(leaf, models)) for leaf in layout.leaves]

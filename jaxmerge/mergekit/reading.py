@@ -352,7 +352,10 @@ class _Reader(NamedTuple):
             return None
         name = str(value).removeprefix("torch.")
         if name not in DTYPES:
-            self.wrong((key,), unknown("dtype", name, DTYPES))
+            known = ", ".join(DTYPES)
+            self.wrong(
+                (key,), f"{key} is {name!r}; models are merged to one of {known}"
+            )
         return name
 
     def tokenizer(self) -> TokenizerSpec | None:
@@ -431,8 +434,8 @@ class _Reader(NamedTuple):
         if text and text not in TEMPLATES:
             self.wrong(
                 ("chat_template",),
-                unknown("chat template", text, ["auto", *TEMPLATES])
-                + "; or write the Jinja text of the template",
+                f"the chat template {text!r} is not known by name (auto and "
+                f"{', '.join(TEMPLATES)} are); write its Jinja text",
             )
         return TEMPLATES.get(text)
 

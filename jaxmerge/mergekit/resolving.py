@@ -22,6 +22,7 @@ from jaxmerge.checkpoints.views import Source as ViewSource
 from jaxmerge.checkpoints.views import View
 from jaxmerge.mergekit import embeddings, sidecars, tokens
 from jaxmerge.mergekit.conventions import Parameter, Values
+from jaxmerge.mergekit.layers import find_layers
 from jaxmerge.mergekit.layout import Layout, Models, Opened, OutputLeaf, lay_out
 from jaxmerge.mergekit.recipe import (
     MergekitRecipe,
@@ -343,16 +344,23 @@ def _step(recipe: MergekitRecipe, made: _Made, like: Checkpoint, copied: bool) -
 def _facts(
     models: Models, layout: Layout, made: Sequence[_Made], parts: Sequence[Part]
 ) -> sidecars.Facts:
+    donor = next(iter(models.values()))
     outs = [step.out for part in parts for step in part.steps.values()]
     dtypes = {str(out.dtype) for out in outs if is_float(out)}
     rows = {each.info.shape[0] for each in made if each.is_vocabulary}
-    layers = None
-    if layout.layers is not None:
-        layers = [(models[ref].config, number) for ref, number in layout.layers]
+    before = {
+        info.shape[0]
+        for name, info in donor.checkpoint.leaves.items()
+        if embeddings.is_vocabulary(name, info, donor.config)
+    }
+    depth = None
+    if layout.layers:
+        depth = find_layers(donor.checkpoint.leaves, donor.config, donor.label).depth
     return sidecars.Facts(
         dtypes.pop() if len(dtypes) == 1 else None,
-        rows.pop() if len(rows) == 1 else None,
-        layers,
+        dict.fromkeys(before, rows.pop()) if len(rows) == 1 else {},
+        depth,
+        [(models[ref].config, number) for ref, number in layout.layers],
         untied=any(embeddings.is_head(each.leaf.name) for each in made),
     )
 

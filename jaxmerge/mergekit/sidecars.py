@@ -23,15 +23,17 @@ class Facts(NamedTuple):
 
     Attributes:
         dtype: that of its floating-point leaves; None if they differ.
-        rows: of its embeddings; None if they are those of the donor.
-        layers: for each of its layers, the configuration of the model that it is from
-            and its number there; None if they are those of the donor.
+        rows: how many rows its embeddings have, by how many those of the donor have.
+        depth: how many layers the donor has, where the output has others.
+        layers: for each of these, the configuration of the model that it is from and
+            its number there.
         untied: whether it has a head besides its embeddings.
     """
 
     dtype: str | None
-    rows: int | None
-    layers: Sequence[tuple[Mapping[str, Any], int]] | None
+    rows: Mapping[int, int]
+    depth: int | None
+    layers: Sequence[tuple[Mapping[str, Any], int]]
     untied: bool
 
 
@@ -49,7 +51,7 @@ def consistent(config: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
     """A configuration that says of the output what is so.
 
     Example:
-        >>> facts = Facts("bfloat16", 67, None, untied=False)
+        >>> facts = Facts("bfloat16", {64: 67}, None, [], untied=False)
         >>> consistent({"vocab_size": 64, "dtype": "float32"}, facts)
         {'vocab_size': 67, 'dtype': 'bfloat16'}
     """
@@ -57,13 +59,13 @@ def consistent(config: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
     for key in config:
         if key in ("dtype", "torch_dtype") and facts.dtype is not None:
             changed[key] = facts.dtype
-        elif key == "vocab_size" and facts.rows is not None:
-            changed[key] = facts.rows
+        elif key == "vocab_size":
+            changed[key] = facts.rows.get(config[key], config[key])
         elif key == "tie_word_embeddings" and facts.untied:
             changed[key] = False
-        elif key in LAYER_KEYS and facts.layers is not None:
+        elif key in LAYER_KEYS and config[key] == facts.depth:
             changed[key] = len(facts.layers)
-        elif key == "layer_types" and facts.layers is not None:
+        elif key == "layer_types" and len(config[key]) == facts.depth:
             changed[key] = [_layer_type(each, i) for each, i in facts.layers]
         elif isinstance(config[key], dict):
             changed[key] = consistent(config[key], facts)

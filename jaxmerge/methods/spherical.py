@@ -120,7 +120,7 @@ def nuslerp(
             traced.
         origin: the centre of the sphere, a pytree like the models: with the base that
             they were fine-tuned from, task vectors are interpolated and added to it.
-            None is zero.
+            None is zero. In a recipe it is `base`.
         scope: one arc per `"leaf"`, or one per `"row"`: per output of a linear map, per
             row of an embedding, and per leaf for all others. In mergekit,
             `nuslerp_flatten: false` means rows of PyTorch's layout and
@@ -234,7 +234,7 @@ def multislerp(
         normalize: divides the weights by their sum (by 1 where that is zero).
         origin: the centre of the sphere, a pytree like the models: with the base that
             they were fine-tuned from, $x_t$ are task vectors, and the result is added
-            to it. None is zero.
+            to it. None is zero. In a recipe it is `base`.
         stack_axes: how many leading axes of a leaf stack independent layers; a number
             or rules. Each layer is merged alone.
 
@@ -290,7 +290,7 @@ def karcher(
         tolerance: a step below this angle, in radians, is the last one. May be traced.
         origin: the centre of the sphere, a pytree like the models: with the base that
             they were fine-tuned from, $x_t$ are task vectors, and the result is added
-            to it. None is zero.
+            to it. None is zero. In a recipe it is `base`.
         stack_axes: how many leading axes of a leaf stack independent layers; a number
             or rules. Each layer is merged alone.
 
