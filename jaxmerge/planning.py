@@ -95,6 +95,7 @@ class Part(NamedTuple):
         leaves = checkpoint.leaves
         return {name: jax.ShapeDtypeStruct(*leaves[name]) for name in self.merged}
 
+
 class Plan(NamedTuple):
     """An output that is made part by part.
 
