@@ -24,7 +24,8 @@ _FACTORS = (
 class Inputs(NamedTuple):
     """The checkpoints of a recipe, opened; `models` by name.
 
-    A method without a base has one here only if models are adapters to it.
+    A method without a base has one here only if models are adapters to it, or if it is
+    the origin.
     """
 
     base: Checkpoint | None

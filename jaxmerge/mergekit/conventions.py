@@ -149,6 +149,13 @@ def _breadcrumbs(elect: bool) -> Callable[[Values], dict[str, Any]]:
 
 def _della(elect: bool) -> Callable[[Values], dict[str, Any]]:
     def options(values: Values) -> dict[str, Any]:
+        pairs = zip(values.each("density"), values.each("epsilon"), strict=True)
+        for density, epsilon in pairs:
+            if 0 < density < 1 and not epsilon < density <= 1 - epsilon:
+                raise ValueError(
+                    f"density {density} -/+ epsilon {epsilon} must lie in (0, 1]; "
+                    "lower epsilon"
+                )
         return {
             "elect": elect,
             "half_width": values.each("epsilon"),

@@ -50,7 +50,7 @@ def is_vocabulary(name: str, info: LeafInfo, config: Mapping[str, Any]) -> bool:
         if "vocab_size" in part
     }
     named = is_embedding(name) or is_head(name)
-    return named and bool(info.shape) and (not sizes or info.shape[0] in sizes)
+    return named and bool(info.shape) and info.shape[0] in sizes
 
 
 class Rows(NamedTuple):

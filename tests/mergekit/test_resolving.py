@@ -4,7 +4,7 @@ import textwrap
 
 import numpy as np
 import pytest
-from cases import CASES, carried_out, leaves_of
+from cases import CASES, carried_out, leaves_of, write_model
 
 from jaxmerge.mergekit import parse_mergekit
 from jaxmerge.mergekit.resolving import resolve
@@ -115,12 +115,16 @@ def test_a_density_of_zero_must_not_count_in_normalize(root):
         plan(text + "parameters: {normalize: true}", root)
 
 
-def test_whole_numbers_are_copied_and_files_come_from_the_first(tmp_path):
-    import cases
+def test_a_window_of_densities_must_fit(root):
+    text = CASES["recipes"]["della_d0"].replace("density: 0.0", "density: 0.1")
+    with pytest.raises(RecipeError, match=r"density 0\.1 -/\+ epsilon 0\.15 must lie"):
+        plan(text, root)
 
+
+def test_whole_numbers_are_copied_and_files_come_from_the_first(tmp_path):
     for name, step in (("a", 1), ("b", 2)):
         leaves = {"w": np.ones(2, np.float32), "ids": np.full(3, step)}
-        cases.write_model(tmp_path / name, leaves)
+        write_model(tmp_path / name, leaves)
         (tmp_path / name / "notes.txt").write_text(name)
     text = """\
         merge_method: linear
