@@ -17,11 +17,14 @@ class Opened(NamedTuple):
     Attributes:
         label: its name in messages and reports, and what draws at random are keyed by.
         checkpoint: its leaves.
+        stored: the checkpoint without an adapter, whose dtypes the model has. (Leaves
+            that an adapter changes are in float32 until they are merged.)
         config: its config.json; empty if it has none.
     """
 
     label: str
     checkpoint: Checkpoint
+    stored: Checkpoint
     config: Mapping[str, Any]
 
 

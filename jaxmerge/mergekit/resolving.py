@@ -73,10 +73,11 @@ def _open(refs: Iterable[ModelRef]) -> dict[ModelRef, Opened]:
         taken = sum(label.partition("#")[0] == name for label in labels)
         label = f"{name}#{taken + 1}" if taken else name
         labels.add(label)
-        checkpoint = open_checkpoint(ref.path)
+        stored = checkpoint = open_checkpoint(ref.path)
         if ref.lora is not None:
-            checkpoint = open_checkpoint(ref.lora, checkpoint)
-        models[ref] = Opened(label, checkpoint, sidecars.read_config(checkpoint))
+            checkpoint = open_checkpoint(ref.lora, stored)
+        config = sidecars.read_config(stored)
+        models[ref] = Opened(label, checkpoint, stored, config)
     return models
 
 
@@ -302,7 +303,8 @@ def _part(
     )
     copied = recipe.method == "passthrough" and not task.options
     steps = {
-        made.leaf.name: _step(recipe, made, inputs.like, copied) for made, _ in group
+        made.leaf.name: _step(recipe, models, made, inputs.like, copied)
+        for made, _ in group
     }
     return Part(part, inputs, steps)
 
@@ -324,18 +326,23 @@ def _options(by_leaf: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return merged
 
 
-def _step(recipe: MergekitRecipe, made: _Made, like: Checkpoint, copied: bool) -> Step:
-    info = made.info
-    if not is_float(info):
+def _step(
+    recipe: MergekitRecipe, models: Models, made: _Made, like: Checkpoint, copied: bool
+) -> Step:
+    if not is_float(made.info):
         return Step("copied: integer", like, like.leaves[made.leaf.name])
+    stored = {
+        ref: models[ref].stored.leaves[view.name].dtype
+        for ref, view in made.views.items()
+    }
     if recipe.dtype is not None:
         dtype = np.dtype(recipe.dtype)
     elif recipe.convention.needs_base and made.leaf.slice.base is not None:
-        dtype = made.views[made.leaf.slice.base].info.dtype
+        dtype = stored[made.leaf.slice.base]
     else:
-        dtype = np.result_type(*(view.info.dtype for view in made.views.values()))
+        dtype = np.result_type(*stored.values())
     treatment = "taken: first" if copied else "merged"
-    return Step(treatment, like, info._replace(dtype=dtype))
+    return Step(treatment, like, made.info._replace(dtype=dtype))
 
 
 # Files.

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from cases import CASES, carried_out, leaves_of, write_model
 
+from jaxmerge import load
 from jaxmerge.mergekit import parse_mergekit
 from jaxmerge.mergekit.resolving import resolve
 from jaxmerge.recipe_syntax import RecipeError
@@ -64,6 +65,23 @@ def test_dtypes_of_the_output(method, models, tail, dtype, root):
     }
     assert dtypes == {dtype}
     assert f'"dtype": "{dtype}"'.encode() in made.sidecars["config.json"]
+
+
+def test_an_adapter_leaves_the_dtype_of_its_model(root, tmp_path):
+    lora = root / "lora" / "inputs"
+    half = {n: leaf.astype(np.float16) for n, leaf in load(lora / "base").items()}
+    write_model(tmp_path / "base", half)
+    (tmp_path / "adapter").symlink_to(lora / "lora")
+    text = """\
+        merge_method: linear
+        parameters: {weight: 1}
+        models: [{model: base}, {model: base+adapter}]
+    """
+    (part,) = plan(text, tmp_path).parts
+    assert list(part.recipe.models) == ["base", "base+adapter"]
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert part.inputs.models["base+adapter"].leaves[name].dtype == np.float32
+    assert {str(step.out.dtype) for step in part.steps.values()} == {"float16"}
 
 
 def test_slices_of_one_model_twice_are_one_model(root):
