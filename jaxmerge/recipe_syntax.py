@@ -65,7 +65,8 @@ def read_yaml(text: str, source: str) -> Document:
     try:
         for token in yaml.scan(text, Loader=yaml.SafeLoader):
             if isinstance(token, yaml.AliasToken | yaml.AnchorToken):
-                message = f"{token.value!r} is marked as an anchor or alias; {_ADVICE}"
+                message = f"{token.value!r} is marked as an anchor or alias; write out "
+                message += f"what it stands for ({_ADVICE})"
                 raise RecipeError(_format(token.start_mark.line + 1, message, source))
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:

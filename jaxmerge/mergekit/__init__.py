@@ -19,9 +19,8 @@ and parameters are called here; where both tools mean different things:
 
 from jaxmerge.mergekit.reading import (
     is_mergekit,
-    load_mergekit,
     parse_mergekit,
 )
 from jaxmerge.mergekit.recipe import MergekitRecipe
 
-__all__ = ["MergekitRecipe", "is_mergekit", "load_mergekit", "parse_mergekit"]
+__all__ = ["MergekitRecipe", "is_mergekit", "parse_mergekit"]

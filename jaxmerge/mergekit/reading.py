@@ -48,16 +48,6 @@ def is_mergekit(document: Any) -> bool:
     return isinstance(document, dict) and not keys.isdisjoint(document)
 
 
-def load_mergekit(path: str | os.PathLike[str]) -> MergekitRecipe:
-    """Reads and checks a recipe of mergekit; paths in it start where the process is.
-
-    Raises:
-        OSError: the file cannot be read.
-        RecipeError: lists everything that is wrong, with line numbers.
-    """
-    return parse_mergekit(Path(path).read_text(encoding="utf-8"), source=str(path))
-
-
 def parse_mergekit(
     text: str, *, source: str = "recipe", directory: str | os.PathLike[str] = "."
 ) -> MergekitRecipe:

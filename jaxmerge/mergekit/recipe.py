@@ -89,7 +89,7 @@ class TokenizerSpec(NamedTuple):
 
 @dataclass(frozen=True)
 class MergekitRecipe:
-    """A recipe of mergekit, from `load_mergekit` or `parse_mergekit`.
+    """A recipe of mergekit, from `parse_mergekit`.
 
     Attributes:
         method: mergekit's name of the method.

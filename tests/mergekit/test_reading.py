@@ -5,7 +5,7 @@ import textwrap
 import cases
 import pytest
 
-from jaxmerge.mergekit import is_mergekit, load_mergekit, parse_mergekit
+from jaxmerge.mergekit import is_mergekit, parse_mergekit
 from jaxmerge.mergekit.recipe import ModelRef, TokenSource
 from jaxmerge.recipe_syntax import RecipeError
 
@@ -96,6 +96,10 @@ def test_everything_that_is_wrong_is_said_at_once(root):
             "3: the chat template 'alpaca' is not known by name (auto and chatml, ll",
         ),
         (("models:", "gate_mode: x\nmodels:"), "3: unknown key 'gate_mode'"),
+        (
+            ("weight: 1", "weight: &w 1"),
+            "5: 'w' is marked as an anchor or alias; write",
+        ),
     ],
 )
 def test_what_is_not_supported_is_named(change, message, root):
@@ -193,13 +197,10 @@ def test_tokens_of_a_tokenizer(root):
     }
 
 
-def test_paths_start_where_the_process_is(root, tmp_path, monkeypatch):
-    path = tmp_path / "recipe.yml"
-    path.write_text(TIES)
+def test_paths_start_where_the_process_is(root, monkeypatch):
     monkeypatch.chdir(root)
-    assert [str(m) for m in load_mergekit(path).models] == ["inputs/base", "inputs/ft1"]
-    with pytest.raises(OSError, match="nothing"):
-        load_mergekit(tmp_path / "nothing.yml")
+    models = parse_mergekit(TIES).models
+    assert [str(model) for model in models] == ["inputs/base", "inputs/ft1"]
 
 
 def test_which_documents_are_of_mergekit():
