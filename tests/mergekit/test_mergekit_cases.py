@@ -21,13 +21,14 @@ class Same(NamedTuple):
         why: the reason of the tolerance.
         rtol: relative.
         atol: absolute.
-        operands: relative to the largest of the operands of an entry.
+        ulps: instead of both, units in the last bfloat16 place of the result and of the
+            inputs, whichever is larger.
     """
 
     why: str
     rtol: float = 1e-5
     atol: float = 1e-6
-    operands: float = 0.0
+    ulps: int = 0
 
 
 class Fails(NamedTuple):
@@ -50,11 +51,9 @@ ANGLE = Same("mergekit takes the arccos of a cosine near 1 in float32", atol=1e-
 BF16 = Same(
     "mergekit rounds every step to bfloat16, this library once: two units in the last "
     "place of the operands",
-    0,
-    1e-7,
-    operands=2 * 2**-7,
+    ulps=2,
 )
-ROUNDED = Same("both round once, of float32 sums in another order", 2**-7, 1e-7)
+ROUNDED = Same("both round once, of float32 sums in another order", ulps=1)
 F16 = Same("mergekit rounds every step to float16", 2**-10, 1e-5)
 
 
@@ -383,10 +382,11 @@ def near(case, merged, tolerance, where=True):
         assert str(got.dtype) == CASES["dtypes"][case]
         assert got.shape == want.shape
         got = np.float32(got)
-        if tolerance.operands:
-            inputs = operands(case, name)
-            bound = tolerance.atol + tolerance.operands * np.max(np.abs(inputs), axis=0)
-            assert (np.abs(got - want) <= bound)[where].all(), name
+        if tolerance.ulps:
+            largest = np.max(np.abs([want, *operands(case, name)]), axis=0)
+            last_place = 2.0 ** (np.floor(np.log2(largest)) - 7)
+            close = np.abs(got - want) <= tolerance.ulps * last_place
+            assert close[where].all(), name
         else:
             rtol, atol = tolerance.rtol, tolerance.atol
             np.testing.assert_allclose(got, want, rtol=rtol, atol=atol, err_msg=name)

@@ -54,7 +54,8 @@ def plan(directory, tail, method="linear", base=None, names=("x", "y")):
 
 
 def ids(files):
-    document = json.loads(files["tokenizer.json"])
+    file = files["tokenizer.json"]
+    document = json.loads(file if isinstance(file, bytes) else file.read_bytes())
     added = {token["content"]: token["id"] for token in document["added_tokens"]}
     return document["model"]["vocab"] | added
 
@@ -139,6 +140,28 @@ tokenizer:
     np.testing.assert_array_equal(y[5], row("y", "d"))
     np.testing.assert_array_equal([x[6], y[6]], [row("x", "<x>")] * 2)
     np.testing.assert_array_equal([x[7], y[7]], np.zeros((2, 2)))
+
+
+GOLDEN = dict(np.load(cases.FOLDER / "vocabulary.npz"))
+VOCABULARY = json.loads((cases.FOLDER / "vocabulary.json").read_text())
+
+
+@pytest.mark.parametrize("case", VOCABULARY["cases"])
+def test_embeddings_are_those_of_mergekit(case, tmp_path):
+    for model, (words, added) in VOCABULARY["models"].items():
+        leaf = GOLDEN[f"inputs/{model}"]
+        config = {"vocab_size": len(leaf)}
+        cases.write_model(tmp_path / model, {EMBEDDINGS: leaf}, config)
+        cases.write_tokenizer(tmp_path / model, words, added)
+    golden, want = VOCABULARY["cases"][case], GOLDEN[case]
+    made = resolve(parse_mergekit(golden["recipe"], directory=tmp_path))
+    merged = carried_out(made)[EMBEDDINGS]
+    numbers = ids(made.sidecars)
+    # New tokens come in another order there, by a hash.
+    assert sorted(numbers) == sorted(golden["tokens"])
+    order = [numbers[token] for token in golden["tokens"]]
+    order += range(len(order), len(want))
+    np.testing.assert_allclose(merged[order], want, rtol=1e-5, atol=1e-6)
 
 
 def test_padding_is_the_mean_and_parts_are_parts_of_the_whole(models):
