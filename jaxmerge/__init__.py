@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from jaxmerge.methods.truncating import cart, dc_merge, star
     from jaxmerge.methods.unified import emr
     from jaxmerge.overlap import mask_statistics
-    from jaxmerge.recipes import Recipe, load_recipe
+    from jaxmerge.recipe_files import load_recipe
+    from jaxmerge.recipes import Recipe
     from jaxmerge.sharding import place
     from jaxmerge.statistics import Statistics, collect
     from jaxmerge.submodules.coefficients import (
@@ -165,7 +166,8 @@ _HOMES = {
     "methods.truncating": ["cart", "dc_merge", "star"],
     "methods.unified": ["emr"],
     "overlap": ["mask_statistics"],
-    "recipes": ["Recipe", "load_recipe"],
+    "recipe_files": ["load_recipe"],
+    "recipes": ["Recipe"],
     "sharding": ["place"],
     "statistics": ["Statistics", "collect"],
     "submodules.coefficients": ["submodule_coefficients", "submodule_merge"],

@@ -77,11 +77,19 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     merge = add("merge", _merge, "Merge checkpoints as a recipe says")
-    merge.add_argument("recipe", metavar="RECIPE", help="YAML file")
+    merge.add_argument(
+        "recipe", metavar="RECIPE", nargs="?", help="YAML file, also of mergekit"
+    )
     merge.add_argument("out", metavar="OUT", help="directory to create")
     merge.add_argument(
         "--memory", metavar="SIZE", default="1GB", help="for values (default: 1GB)"
     )
+    merge.add_argument(
+        "--from-report",
+        metavar="FILE",
+        help="in place of RECIPE: do again what a report says",
+    )
+    merge.set_defaults(usage=merge.error)
     meshes.add_to(merge)
 
     methods = add("methods", _methods, "List the merge methods, or describe one")
@@ -108,10 +116,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _merge(arguments: argparse.Namespace) -> None:
     from jaxmerge.merging import merge_checkpoints
-    from jaxmerge.recipes import load_recipe
+    from jaxmerge.recipe_files import load_recipe, recipe_of_report
 
+    if (arguments.recipe is None) == (arguments.from_report is None):
+        arguments.usage("give a RECIPE and OUT, or --from-report FILE and OUT")
     memory = parse_size("--memory", arguments.memory)
-    recipe = load_recipe(arguments.recipe)
+    sha256 = None
+    if arguments.from_report is None:
+        recipe = load_recipe(arguments.recipe)
+    else:
+        recipe, sha256 = recipe_of_report(arguments.from_report)
     meshes.join_hosts(arguments)
     meshes.keep_compiled_code()
     with show_progress() as progress:
@@ -121,6 +135,7 @@ def _merge(arguments: argparse.Namespace) -> None:
             memory=memory,
             mesh=meshes.mesh_of(arguments),
             rules=meshes.rules_of(arguments),
+            sha256=sha256,
             progress=progress,
         )
     totals = report["totals"]

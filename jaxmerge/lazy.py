@@ -141,7 +141,8 @@ class Deferred:
 
     def reader(self) -> Reader:
         """What reads some rows, after it measured what they depend on."""
-        return self._by_rows()[self._index]
+        result = self._by_rows()[self._index]
+        return result if callable(result) else lambda start, stop: result[start:stop]
 
     def all(self) -> list[Any]:
         """The values of all leaves of the result, which have no rows."""

@@ -8,7 +8,14 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxmerge.checkpoints import Checkpoint, LeafInfo, open_checkpoint
+from jaxmerge.checkpoints import (
+    FORMATS,
+    MAX_SHARD_BYTES,
+    Checkpoint,
+    LeafInfo,
+    open_checkpoint,
+)
+from jaxmerge.checkpoints.views import stored
 from jaxmerge.recipe_syntax import MergeError
 from jaxmerge.recipes import Recipe, rules_in
 from jaxmerge.registry import Method, methods
@@ -104,11 +111,26 @@ class Plan(NamedTuple):
         parts: which together have each leaf of the output once.
         sidecars: the files beside the weights by name: their bytes, or what to copy.
         max_shard_bytes: values per file of weights.
+        format: what the output is written as, one of `FORMATS`.
+        text: what the recipe was read from.
     """
 
     parts: list[Part]
     sidecars: dict[str, bytes | Path]
-    max_shard_bytes: int
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    format: str = FORMATS[0]
+    text: str = ""
+
+    @property
+    def written(self) -> dict[str, LeafInfo]:
+        """Shape and dtype of each leaf of the output."""
+        return {n: info for part in self.parts for n, info in part.written.items()}
+
+    def stored(self) -> list[Checkpoint]:
+        """The checkpoints on disk that parts are read from, each once."""
+        views = [v for part in self.parts for v in part.inputs.labelled.values()]
+        by_path = {each.path: each for view in views for each in stored(view)}
+        return list(by_path.values())
 
 
 def open_inputs(recipe: Recipe) -> Inputs:

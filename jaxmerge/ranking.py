@@ -21,8 +21,8 @@ def kth_magnitude_of(tree: Any, k: Count) -> Array:
     their magnitudes: two passes for float32, whatever the size of the model.
 
     Args:
-        tree: a pytree of floating-point arrays, or of lazy leaves of one dtype. Those
-            on a mesh are there together.
+        tree: a pytree of floating-point arrays or lazy leaves; several dtypes are
+            compared in the one that holds them all. Leaves on a mesh are there together.
         k: from 1 (the largest) to the number of entries.
 
     Returns:
@@ -30,30 +30,31 @@ def kth_magnitude_of(tree: Any, k: Count) -> Array:
     """
     if not any_lazy(tree) or any(of(leaf) for leaf in jax.tree.leaves(tree)):
         return _kth_magnitude(load(tree), k)
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if np.prod(leaf.shape)]
-    width = 8 * leaves[0].dtype.itemsize
+    leaves = jax.tree.leaves(tree)
+    dtype = jnp.result_type(*(leaf.dtype for leaf in leaves))
+    width = 8 * dtype.itemsize
     rank = (int(k.high) << LOW_BITS) + int(k.low)
     found = 0
     for shift in range(width - _DIGIT, -1, -_DIGIT):
         counts = np.zeros(1 << _DIGIT, np.int64)
         for leaf in leaves:
-            counts += _digits(leaf, shift, found)
+            counts += _digits(leaf, dtype, shift, found)
         from_top = np.cumsum(counts[::-1])
         digit = counts.size - 1 - int(np.searchsorted(from_top, rank))
         rank -= int(from_top[-digit - 2]) if digit < counts.size - 1 else 0
         found = (found << _DIGIT) | digit
     bits = np.asarray(found, f"uint{width}")
-    return jnp.asarray(bits.view(leaves[0].dtype))
+    return jnp.asarray(bits.view(dtype))
 
 
 _kth_magnitude = jax.jit(kth_magnitude)
 
 
-def _digits(leaf: LazyLeaf, shift: int, above: int) -> np.ndarray:
+def _digits(leaf: LazyLeaf, dtype: Any, shift: int, above: int) -> np.ndarray:
     """How many entries whose higher bits are `above` have each digit at `shift`."""
     counts = np.zeros(1 << _DIGIT, np.int64)
     for _, rows in slices(leaf):
-        bits = np.asarray(_bits(rows)).reshape(-1)
+        bits = np.asarray(_bits(rows.astype(dtype))).reshape(-1)
         matching = (
             bits
             if shift + _DIGIT >= 8 * bits.itemsize

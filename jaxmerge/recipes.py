@@ -18,6 +18,7 @@ dtype: bfloat16                    # of the floating-point leaves that are writt
 take:                              # leaves that are not merged: base, first or skip
   "lm_head.*": base
 max_shard_size: 5GB
+format: safetensors                # of the output: safetensors, orbax or msgpack
 ```
 
 Relative paths start at the recipe file.
@@ -33,7 +34,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from jax import Array
 
-from jaxmerge.checkpoints import MAX_SHARD_BYTES, is_adapter
+from jaxmerge.checkpoints import FORMATS, MAX_SHARD_BYTES, is_adapter
 from jaxmerge.recipe_syntax import (
     Place,
     Problem,
@@ -50,7 +51,7 @@ TAKE_ACTIONS = ("base", "first", "skip")
 
 _KEYS = (
     *("method", "base", "models", "options"),
-    *("seed", "dtype", "take", "max_shard_size"),
+    *("seed", "dtype", "take", "max_shard_size", "format"),
 )
 _MERGEKIT_KEYS = {
     "base_model": "base",
@@ -88,6 +89,7 @@ class Recipe:
         take: rules from leaf paths to "base", "first" (the first model that has the
             leaf) or "skip", for leaves that are not merged.
         max_shard_bytes: values per file of the output.
+        format: what the output is written as, one of `FORMATS`.
         text: what the recipe was read from.
         source: where it was read from, for messages.
 
@@ -109,29 +111,13 @@ class Recipe:
     dtype: str | None = None
     take: Mapping[str, str] = field(default_factory=dict)
     max_shard_bytes: int = MAX_SHARD_BYTES
+    format: str = FORMATS[0]
     text: str = field(default="", repr=False)
     source: str = "recipe"
 
     def __post_init__(self):
         problems = [Problem(None, message) for _, message in _problems(vars(self))]
         raise_problems(problems, self.source)
-
-
-def load_recipe(path: str | os.PathLike[str]) -> Recipe:
-    """Reads and checks a recipe file.
-
-    Raises:
-        OSError: the file cannot be read.
-        RecipeError: lists everything that is wrong, with line numbers.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RecipeError(
-            f"{path}: a recipe is YAML in UTF-8, but {error}; is this the right file?"
-        ) from error
-    return parse_recipe(text, source=str(path), directory=path.parent)
 
 
 def parse_recipe(
@@ -193,6 +179,7 @@ def _fields(
     read("options", dict, "a mapping from options to values")
     read("seed", int, "a whole number")
     read("dtype", str, f"one of {', '.join(DTYPES)}")
+    read("format", str, f"one of {', '.join(FORMATS)}")
     read("take", dict, "a mapping from patterns to actions")
     if "base" in fields:
         fields["base"] = _resolve(fields["base"], directory)
@@ -274,6 +261,8 @@ def _problems(fields: Mapping[str, Any]) -> Iterator[_Misplaced]:
     dtype = fields.get("dtype")
     if dtype is not None and dtype not in DTYPES:
         yield ("dtype",), unknown("dtype", dtype, DTYPES)
+    if fields.get("format", FORMATS[0]) not in FORMATS:
+        yield ("format",), unknown("format", fields["format"], FORMATS)
     if not 0 <= fields.get("seed", 0) < 2**32:
         yield ("seed",), f"seed is {fields['seed']}; it must be in [0, 2**32)"
     if fields.get("max_shard_bytes", 1) < 1:

@@ -1,6 +1,7 @@
 """What a merge did, as it is written next to the weights."""
 
 import datetime
+import json
 import math
 import platform
 import threading
@@ -8,14 +9,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import yaml
 
 import jaxmerge
-from jaxmerge.checkpoints import Checkpoint
-from jaxmerge.recipes import Recipe
-from jaxmerge.registry import methods
+from jaxmerge.checkpoints import REPORT_NAME
+from jaxmerge.planning import Part, Plan
 
 T = TypeVar("T")
 
@@ -43,33 +45,26 @@ class LeafReport(NamedTuple):
 
 
 def merge_report(
-    recipe: Recipe,
-    base: Checkpoint | None,
-    models: Mapping[str, Checkpoint],
+    plan: Plan,
     leaves: Mapping[str, LeafReport],
-    digests: Mapping[Any, Mapping[str, str]],
+    digests: Mapping[str, Mapping[str, str]],
     seconds: float,
 ) -> dict[str, Any]:
     """All there is to say about a merge, ready for JSON.
 
     Args:
-        recipe: what was asked for; its text is None if it was built in Python.
-        base: the checkpoint of the start.
-        models: the checkpoints of the models by name.
+        plan: what was asked for; its text is empty if it was built in Python.
         leaves: what became of each leaf.
         digests: path of a checkpoint -> file name -> SHA-256.
         seconds: how long it took.
     """
-
-    def source(checkpoint: Checkpoint) -> dict[str, Any]:
-        path = checkpoint.path
-        return {"path": str(path.resolve()), "sha256": dict(digests[str(path)])}
-
     return {
-        "recipe": recipe.text or None,
-        **describe(recipe),
-        "base": None if base is None else source(base),
-        "models": [{"name": name, **source(model)} for name, model in models.items()],
+        "recipe": plan.text or None,
+        "directory": str(Path.cwd()),
+        "parts": [describe(part) for part in plan.parts],
+        "format": plan.format,
+        "max_shard_bytes": plan.max_shard_bytes,
+        "sha256": {path: dict(files) for path, files in digests.items()},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {
             "jaxmerge": jaxmerge.__version__,
@@ -88,18 +83,71 @@ def merge_report(
     }
 
 
-def describe(recipe: Recipe) -> dict[str, Any]:
-    """What a recipe says, apart from checkpoints, with all defaults; ready for JSON."""
-    defaults = methods()[recipe.method].options
-    options = {n: p.default for n, p in defaults.items()} | dict(recipe.options)
+def describe(part: Part) -> dict[str, Any]:
+    """What is merged in a part, and how, with all defaults; ready for JSON."""
+    recipe, inputs = part.recipe, part.inputs
+    options = {n: p.default for n, p in part.method.options.items()}
     return {
         "method": recipe.method,
-        "options": {name: _plain(value) for name, value in options.items()},
+        "options": {
+            name: _plain(value) for name, value in {**options, **recipe.options}.items()
+        },
         "seed": recipe.seed,
         "dtype": recipe.dtype,
         "take": dict(recipe.take),
-        "max_shard_bytes": recipe.max_shard_bytes,
+        "base": None if inputs.base is None else str(inputs.base.path.resolve()),
+        "models": {name: str(m.path.resolve()) for name, m in inputs.models.items()},
     }
+
+
+def model_card(plan: Plan) -> str:
+    """What a README says about a merged model: from what, how, and how to do it again.
+
+    Its head is metadata that model hubs read.
+    """
+    models = {}
+    for part in plan.parts:
+        for label, checkpoint in part.inputs.labelled.items():
+            models.setdefault(str(checkpoint.path), label.partition(" ")[0])
+    names = dict.fromkeys(Path(path).name for path in models)
+    methods = dict.fromkeys(part.recipe.method for part in plan.parts)
+    recipe = plan.text or yaml.safe_dump(
+        [describe(part) for part in plan.parts], sort_keys=False
+    )
+    head = {"base_model": list(names), "tags": ["merge", "jaxmerge"]}
+    return _CARD.format(
+        head=yaml.safe_dump(head, sort_keys=False).rstrip(),
+        names=", ".join(f"`{name}`" for name in names),
+        methods=", ".join(f"`{name}`" for name in methods),
+        version=jaxmerge.__version__,
+        recipe=recipe.rstrip(),
+        report=REPORT_NAME,
+    )
+
+
+_CARD = """\
+---
+{head}
+---
+# A merge of {names}
+
+Made with jaxmerge {version}, by {methods}:
+
+```yaml
+{recipe}
+```
+
+`{report}` has the hashes of all inputs and what became of each leaf. To make it again:
+
+```
+jaxmerge merge --from-report {report} again
+```
+"""
+
+
+def as_json(content: Any) -> bytes:
+    """JSON as it is put into files."""
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def sum_of_squares(array: np.ndarray, minus: np.ndarray | None = None) -> float:

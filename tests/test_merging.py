@@ -128,16 +128,17 @@ def test_report(runs, trees):
     recipe = recipe_for(runs, options={"weights": [1.0, 0.0]}, take={"embed.*": "base"})
     report = merge_checkpoints(recipe, runs / "out")
     assert json.loads((runs / "out/jaxmerge_report.json").read_text()) == report
-    assert report["method"] == "task_arithmetic"
+    (part,) = report["parts"]
+    assert part["method"] == "task_arithmetic"
     effective = {"weights": [1.0, 0.0], "scale": 1.0, "normalize": False}
-    assert report["options"] == effective
+    assert part["options"] == effective
     assert report["versions"]["jax"] == jax.__version__
     assert report["versions"]["jaxmerge"] == jaxmerge.__version__
     content = (runs / "code/model.safetensors").read_bytes()
-    assert report["models"][1] == {
-        "name": "code",
-        "path": str((runs / "code").resolve()),
-        "sha256": {"model.safetensors": hashlib.sha256(content).hexdigest()},
+    assert list(part["models"]) == list(NAMES)
+    assert part["models"]["code"] == str((runs / "code").resolve())
+    assert report["sha256"][str(runs / "code")] == {
+        "model.safetensors": hashlib.sha256(content).hexdigest()
     }
     assert report["totals"]["treatments"] == {
         "merged": 4,

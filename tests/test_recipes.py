@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxmerge.recipes import Recipe, RecipeError, load_recipe, parse_recipe
+from jaxmerge.recipe_files import load_recipe
+from jaxmerge.recipes import Recipe, RecipeError, parse_recipe
 
 FULL = """\
 method: ties

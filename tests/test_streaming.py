@@ -20,7 +20,8 @@ from jaxmerge.checkpoints import CheckpointError, Writer, save
 from jaxmerge.checkpoints.journal import completed
 from jaxmerge.merging import merge_checkpoints
 from jaxmerge.planning import MergeError
-from jaxmerge.recipes import Recipe, load_recipe
+from jaxmerge.recipe_files import load_recipe
+from jaxmerge.recipes import Recipe
 from jaxmerge.registry import methods
 
 NAMES = ("math", "code", "law")
@@ -141,7 +142,7 @@ SLOW_MERGE = """
     import sys, time
     from jaxmerge.checkpoints import Writer, journal
     from jaxmerge.merging import merge_checkpoints
-    from jaxmerge.recipes import load_recipe
+    from jaxmerge.recipe_files import load_recipe
 
     journal.SECONDS_BETWEEN_SYNCS = 0
     write = Writer.write

@@ -152,14 +152,14 @@ class View:
     def sidecars(self) -> list[Path]:
         """Lists those of all sources; the first of a name counts."""
         files = {}
-        for checkpoint in self._checkpoints():
+        for checkpoint in self.viewed():
             for path in checkpoint.sidecars():
                 files.setdefault(path.name, path)
         return sorted(files.values())
 
     def digest(self) -> dict[str, str]:
         """Computes those of all sources; of several, names start with their paths."""
-        first, *others = checkpoints = self._checkpoints()
+        first, *others = checkpoints = self.viewed()
         if not others:
             return first.digest()
         return {
@@ -168,7 +168,7 @@ class View:
             for name, digest in checkpoint.digest().items()
         }
 
-    def _checkpoints(self) -> list[Checkpoint]:
+    def viewed(self) -> list[Checkpoint]:
         """Every source once, in the order of the leaves."""
         return list(
             {
@@ -177,6 +177,13 @@ class View:
                 for checkpoint in source.checkpoints
             }.values()
         )
+
+
+def stored(checkpoint: Checkpoint) -> list[Checkpoint]:
+    """The checkpoints on disk that one is read from: itself, unless it is a view."""
+    if not isinstance(checkpoint, View):
+        return [checkpoint]
+    return [each for source in checkpoint.viewed() for each in stored(source)]
 
 
 def cast(checkpoint: Checkpoint, dtype: str | np.dtype) -> View:

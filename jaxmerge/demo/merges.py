@@ -25,7 +25,7 @@ from jaxmerge.demo.model import ENCODER, Head, Params
 from jaxmerge.demo.tasks import Labelled
 from jaxmerge.merging import merge_checkpoints
 from jaxmerge.methods.masking import choose_thresholds
-from jaxmerge.recipes import load_recipe
+from jaxmerge.recipe_files import load_recipe
 from jaxmerge.registry import Method, methods
 from jaxmerge.statistics import Statistics, collect
 from jaxmerge.submodules.coefficients import submodule_merge

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxmerge.checkpoints import (
-    MAX_SHARD_BYTES,
     Checkpoint,
     LeafInfo,
     open_checkpoint,
@@ -62,7 +61,7 @@ def resolve(recipe: MergekitRecipe) -> Plan:
     parts = _parts(recipe, models, made)
     facts = _facts(models, layout, made, parts)
     files = _files(recipe, models, facts, vocabulary)
-    return Plan(parts, files, MAX_SHARD_BYTES)
+    return Plan(parts, files, text=recipe.text)
 
 
 def _open(refs: Iterable[ModelRef]) -> dict[ModelRef, Opened]:

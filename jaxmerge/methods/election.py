@@ -125,9 +125,16 @@ def _aggregate(
 def votes(
     deltas: Sequence[Array], weights: Sequence[Array], election: Election
 ) -> Array:
-    """What the sign of every entry is read off: a sum over task vectors."""
+    """What the sign of every entry is read off: a sum over task vectors.
+
+    Weighted ones that cancel out up to rounding count as a tie: whether a product is
+    rounded before it is added is up to the compiler.
+    """
     if election.vote == "weighted":
-        return weighted_sum(deltas, weights)
+        scaled = [w * d for w, d in zip(weights, deltas, strict=True)]
+        total: Array = sum(scaled)  # type: ignore
+        sizes: Array = sum(jnp.abs(x) for x in scaled)  # type: ignore
+        return jnp.where(jnp.abs(total) <= jnp.finfo(total.dtype).eps * sizes, 0, total)
     if election.vote == "mass":
         return sum(deltas)  # type: ignore
     return sum(jnp.sign(d) for d in deltas)  # type: ignore

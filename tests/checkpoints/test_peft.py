@@ -25,7 +25,8 @@ from jaxmerge.checkpoints import (
 )
 from jaxmerge.cli import main
 from jaxmerge.planning import MergeError
-from jaxmerge.recipes import Recipe, RecipeError, load_recipe
+from jaxmerge.recipe_files import load_recipe
+from jaxmerge.recipes import Recipe, RecipeError
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 F32 = np.dtype(np.float32)

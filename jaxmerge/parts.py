@@ -1,0 +1,246 @@
+"""The leaves of one part of an output: each checked, computed, and handed on."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxmerge import hosts
+from jaxmerge.checkpoints import Checkpoint, Index
+from jaxmerge.lazy import load
+from jaxmerge.matrixwise import plan_matrices
+from jaxmerge.planning import Part
+from jaxmerge.recipe_syntax import MergeError
+from jaxmerge.reports import sum_of_squares
+from jaxmerge.sharding import shardings, spread_evenly
+from jaxmerge.streaming import StoredLeaf, all_finite, computed, own_parts, precision
+from jaxmerge.tree import is_float
+
+Rules = Mapping[str, PartitionSpec]
+
+
+class PartMerge:
+    """A part on its way into the output; made before any value is read.
+
+    Args:
+        part: what becomes of which leaf.
+        memory: about how many bytes values may take.
+        mesh: the devices to merge on.
+        rules: how leaves lie on them.
+
+    Raises:
+        MergeError: an option or a rule does not fit a leaf, or the method needs more
+            memory.
+    """
+
+    def __init__(self, part: Part, memory: int, mesh: Mesh | None, rules: Rules):
+        self.part = part
+        self._memory, self._placed = memory, _placed(part, mesh, rules)
+        self._merged: dict[str, Any] = {}
+        self._wide = _is_wide(part)
+        self._try_on_shapes()
+        self._check_memory()
+
+    def start(self) -> None:
+        """Measures what the method must know of all leaves before the first."""
+        part = self.part
+        if not part.merged:
+            return
+        if part.method.spans_model(part.recipe.options):
+            with hosts.together():
+                for name in part.merged:
+                    self._check_inputs(name)
+        base, models = self._lazy_trees()
+        with precision(self._wide):
+            if part.method.holds_model(part.recipe.options):
+                base, models = load((base, models))
+            self._merged = self._call(base, models)
+
+    def leaf(
+        self, name: str, write: Callable[[Index, np.ndarray], None]
+    ) -> tuple[float, float]:
+        """Merges, or copies, a leaf.
+
+        Args:
+            name: of a leaf that is written.
+            write: called with each part of it that this process has to write.
+
+        Returns:
+            The sums of squares, in float64, of the base and of the task vector, as far
+            as this process writes them; zeros if there is no base.
+
+        Raises:
+            MergeError: an input or the result is not finite, or too large for the
+                dtype of the output.
+            OtherHostError: another process raised one of these.
+        """
+        part, out = self.part, self.part.steps[name].out
+        base = part.inputs.base if name in self._merged else None
+        squares = np.zeros(2)
+        with hosts.together():
+            self._check_inputs(name)
+        with hosts.together():
+            for index, array in self._values(name):
+                self._check_finite(name, array)
+                rounded = _round(name, array, out.dtype)
+                if base is not None:
+                    start = base.read(name, index)
+                    squares += sum_of_squares(start), sum_of_squares(rounded, start)
+                write(index, rounded)
+        of_base, of_task_vector = squares.tolist()
+        return of_base, of_task_vector
+
+    def treatments(self) -> dict[str, str]:
+        """What becomes of each leaf, in a word."""
+        treatments = {name: step.treatment for name, step in self.part.steps.items()}
+        return treatments | self._policies()
+
+    def _values(self, name: str) -> Iterator[tuple[Index, np.ndarray]]:
+        if name in self._merged:
+            yield from computed(self._merged[name], self._wide)
+            return
+        step = self.part.steps[name]
+        for index in own_parts(step.out.shape, self._placed.get(name)):
+            yield index, step.source.read(name, index)
+
+    def _call(self, base: Any, models: list[Any]) -> dict[str, Any]:
+        recipe = self.part.recipe
+        method = self.part.method
+        return method.bind(recipe.options, recipe.seed, list(recipe.models))(
+            base, models
+        )
+
+    def _lazy_trees(self) -> tuple[Any, list[Any]]:
+        """The leaves of base and models that are merged, not read yet."""
+        part, inputs = self.part, self.part.inputs
+        uses_base = part.method.uses_base(part.recipe.options)
+        like = inputs.base if uses_base else next(iter(inputs.models.values()))
+
+        def stored(checkpoint: Checkpoint, name: str) -> StoredLeaf:
+            dtype, out = checkpoint.leaves[name].dtype, part.steps[name].out.dtype
+            if checkpoint is like and dtype != out:
+                # The result has the dtype of this leaf and must not be rounded twice.
+                dtype = np.promote_types(dtype, np.float32)
+            # While one leaf is computed, another may wait to be written.
+            memory, placed = self._memory // 2, self._placed.get(name)
+            return StoredLeaf(checkpoint, name, memory, dtype, placed)
+
+        def leaves(checkpoint: Checkpoint) -> dict[str, StoredLeaf]:
+            return {name: stored(checkpoint, name) for name in part.merged}
+
+        base = None if inputs.base is None else leaves(inputs.base)
+        return base, [leaves(model) for model in inputs.models.values()]
+
+    def _try_on_shapes(self) -> None:
+        """Runs the method without values, to have its errors before any is read."""
+        part = self.part
+        base = None if part.inputs.base is None else part.shapes(part.inputs.base)
+        models = [part.shapes(model) for model in part.inputs.models.values()]
+        if not part.merged:
+            return
+        try:
+            with precision(self._wide):
+                jax.eval_shape(self._call, base, models)
+        except ValueError as error:
+            raise MergeError(f"{part.recipe.source}: {error}") from error
+
+    def _check_memory(self) -> None:
+        """Refuses a method that needs all leaves at once, if they do not fit."""
+        part = self.part
+        if not part.method.holds_model(part.recipe.options):
+            return
+        checkpoints = part.inputs.labelled.values()
+        needed = sum(each.leaves[n].nbytes for n in part.merged for each in checkpoints)
+        if needed > self._memory:
+            raise MergeError(
+                f"{part.recipe.source}: {part.method.name} with these options needs "
+                f"all leaves of all models in memory, {needed:,} bytes, more than the "
+                f"{self._memory:,} that are allowed: allow more memory, or set scope "
+                "to 'leaf'."
+            )
+
+    def _policies(self) -> dict[str, str]:
+        """What becomes of leaves that are no matrices, where only those are merged."""
+        part = self.part
+        options = {
+            name: part.recipe.options.get(name, option.default)
+            for name, option in part.method.options.items()
+            if name in ("others", "matrices", "stack_axes", "fused")
+        }
+        if "others" not in options:
+            return {}
+        shapes = part.shapes(part.inputs.like)
+        plan = plan_matrices(shapes, [shapes], method=part.method.name, **options)
+        return dict.fromkeys(plan.rest, f"no matrix: {plan.others}")
+
+    def _check_inputs(self, name: str) -> None:
+        """Checks what this process reads of a leaf, which brings it from disk, too."""
+        step = self.part.steps[name]
+        everyone = list(self.part.inputs.labelled.values())
+        for checkpoint in everyone if step.treatment == "merged" else [step.source]:
+            for index in own_parts(step.out.shape, self._placed.get(name)):
+                self._check_finite(name, checkpoint.read(name, index))
+
+    def _check_finite(self, name: str, array: np.ndarray) -> None:
+        """Raises if values are not finite: methods that rank them would drop a NaN."""
+        if is_float(array) and not all_finite(array):
+            raise MergeError(_explain_not_finite(self.part, name))
+
+
+def _is_wide(part: Part) -> bool:
+    checkpoints = part.inputs.labelled.values()
+    return any(
+        checkpoint.leaves[name].dtype == np.float64
+        for name in part.merged
+        for checkpoint in checkpoints
+    )
+
+
+def _placed(part: Part, mesh: Mesh | None, rules: Rules) -> dict[str, NamedSharding]:
+    """How leaves lie on a mesh."""
+    if mesh is None:
+        return {}
+    leaves = {name: jax.ShapeDtypeStruct(*info) for name, info in part.written.items()}
+    evenly = {re.escape(n): spread_evenly(x.shape, mesh) for n, x in leaves.items()}
+    others = {pattern: evenly[pattern] for pattern in evenly if pattern not in rules}
+    try:
+        return shardings(leaves, mesh, {**rules, **others})
+    except ValueError as error:
+        raise MergeError(f"{part.recipe.source}: {error}") from error
+
+
+def _round(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        rounded = array.astype(dtype)
+    if not all_finite(rounded):
+        largest = np.max(np.abs(array))
+        raise MergeError(
+            f"leaf {name!r} has entries up to {largest:g}, too large for {dtype}; "
+            "choose another dtype, such as bfloat16."
+        )
+    return rounded
+
+
+def _explain_not_finite(part: Part, name: str) -> str:
+    counts = []
+    for label, checkpoint in part.inputs.labelled.items():
+        if name not in checkpoint.leaves:
+            continue
+        leaf = checkpoint.read(name)
+        nans, infs = int(np.isnan(leaf).sum()), int(np.isinf(leaf).sum())
+        kinds = [f"{n} {kind}" for n, kind in ((nans, "NaN"), (infs, "inf")) if n]
+        if kinds:
+            counts.append(f"{label} has {', '.join(kinds)}")
+    reason = (
+        f"{'; '.join(counts)}. Repair the checkpoint, leave the model out, or take "
+        "the leaf from a checkpoint where it is finite, with a rule under `take`."
+        if counts
+        else "all inputs are finite, so the options of "
+        f"{part.method.name} are too large."
+    )
+    return f"{part.recipe.source}: leaf {name!r} comes out not finite: {reason}"
