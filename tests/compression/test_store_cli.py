@@ -40,7 +40,9 @@ def test_a_store_from_end_to_end(runs, capsys):
     printed = capsys.readouterr().out
     for task in ("math", "code", "law"):
         assert re.search(rf"\n +{task} +2 +\S+ (bytes|kB)", printed)
-    assert "Kind: tall (threshold 0.3, multi_task task_arithmetic)" in printed
+    assert (
+        "Kind: tall (threshold 0.3, multi_task task_arithmetic, scope leaf)" in printed
+    )
     assert "3 tasks in" in printed
     assert main(["store", "extract", "all", "code", "out"]) == 0
     assert capsys.readouterr().out.endswith("Wrote out.\n")
