@@ -2,9 +2,8 @@
 
 import contextlib
 import datetime
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -12,6 +11,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 import jaxmerge
+from jaxmerge import streaming
 from jaxmerge.checkpoints import Checkpoint, Writer
 from jaxmerge.compression.files import (
     BASE_NAME,
@@ -45,7 +45,6 @@ from jaxmerge.compression.kinds import (
     options_of_task,
     plan_leaf,
 )
-from jaxmerge.compression.mixing import Passes, passes_before
 from jaxmerge.compression.reading import FORMAT, layout_of, open_files
 from jaxmerge.compression.sources import (
     Source,
@@ -55,9 +54,10 @@ from jaxmerge.compression.sources import (
 )
 from jaxmerge.compression.writing import NewTask, Progress, changes, precision
 from jaxmerge.reports import in_background
-from jaxmerge.tree import is_float
+from jaxmerge.tree import Params, is_float
 
-_F32 = np.dtype(np.float32)
+# How many bytes one leaf may take while it is measured; of larger ones, some rows do.
+_MEMORY = 500_000_000
 
 
 def create_store(
@@ -87,12 +87,12 @@ def create_store(
             and `"bitdelta"` quantised task vectors; `"rtvq"` the quantised mean of task
             vectors, and quantised differences from it. The vector that tasks share is
             kept in the dtypes of the base.
-        progress: called after each leaf, in each pass over the files.
+        progress: called after each leaf that is written.
         options: of the kind. `"tall"`: `threshold` (0.4), one number or one per task by
             name; `multi_task`, `"task_arithmetic"` or `"ties"`; and what TIES ranks
             entries within, `scope`, each `"leaf"`, or the `"model"` as the authors do,
-            in three further passes over the files. `"tsv"`: `rank`, None for an equal
-            share of the full one; `matrices` and `stack_axes`, as in `tsv_compress`.
+            in further passes over the files. `"tsv"`: `rank`, None for an equal share
+            of the full one; `matrices` and `stack_axes`, as in `tsv_compress`.
             `"tvq"`: `bits` (4), from 1 to 8, and `stack_axes`. `"rtvq"`: `bits` (2) of
             differences, `shared_bits` (3) of the mean, and `stack_axes`. `"bitdelta"`:
             `matrices` and `stack_axes`.
@@ -240,11 +240,37 @@ class _LeafTasks(NamedTuple):
     deltas: Deltas
 
 
+def _measure(
+    kind: str,
+    options: Options,
+    leaves: list[StoredLeaf],
+    base: Checkpoint,
+    models: Mapping[str, Checkpoint],
+) -> Any:
+    """What the kind has to know of all leaves, read in passes."""
+    floats = [leaf for leaf in leaves if is_float(leaf.info)]
+    widths = {leaf.wide for leaf in floats}
+    if options.get("scope") == "model" and len(widths) > 1:
+        raise StoreError(
+            f"{CALLER}: base has leaves of float64 and of narrower numbers, which "
+            "scope='model' cannot rank together; convert it, or set scope to 'leaf'."
+        )
+
+    def lazy(checkpoint: Checkpoint) -> Params:
+        return {
+            leaf.name: streaming.StoredLeaf(checkpoint, leaf.name, _MEMORY)
+            for leaf in floats
+        }
+
+    trees = {name: lazy(model) for name, model in models.items()}
+    with streaming.precision(np.dtype(np.float64) in widths):
+        return KINDS[kind].measure(lazy(base), trees, options)
+
+
 def _read_leaves(
     leaves: list[StoredLeaf],
     base: Checkpoint,
     models: Mapping[str, Checkpoint],
-    done: Callable[[StoredLeaf], None],
 ) -> Iterator[_LeafTasks]:
     """Reads leaf by leaf; numbers are as wide as the leaf is until the next one."""
     for leaf in leaves:
@@ -254,7 +280,6 @@ def _read_leaves(
             deltas = {n: changes(leaf, start, value, n) for n, value in values.items()}
             moved = {name: delta for name, delta in deltas.items() if delta is not None}
             yield _LeafTasks(leaf, start, values, moved)
-        done(leaf)
 
 
 def _write_leaves(
@@ -268,18 +293,9 @@ def _write_leaves(
     progress: Progress,
 ) -> dict[str, list[str | None]]:
     """Writes base, shared vector and tasks; returns the digests of the first two."""
-    floats = [leaf for leaf in leaves if is_float(leaf.info)]
-    widest = max((leaf.wide for leaf in floats), key=lambda d: d.itemsize, default=_F32)
-    before = passes_before(widest) if options.get("scope") == "model" else 0
-    count = _counter(progress, leaves + before * floats)
-    read = lambda: _read_leaves(floats, base, models, count)  # noqa: E731
-    passes = Passes(
-        lambda: (of.deltas for of in read() if of.deltas),
-        sum(math.prod(leaf.info.shape) for leaf in floats),
-        widest,
-    )
-    measured = KINDS[kind].measure(passes, options)
-    digests = {}
+    measured = _measure(kind, options, leaves, base, models)
+    digests, done = {}, 0
+    total = sum(leaf.info.nbytes for leaf in leaves)
     infos = {leaf.name: KINDS[kind].shared(leaf, options) for leaf in leaves}
     with contextlib.ExitStack() as stack:
         shared = None
@@ -289,12 +305,14 @@ def _write_leaves(
         writer = stack.enter_context(Writer(hidden / BASE_NAME, base.leaves))
         for sidecar in base.sidecars():
             writer.add_file(sidecar.name, sidecar)
-        for of_leaf in _read_leaves(leaves, base, models, count):
+        for of_leaf in _read_leaves(leaves, base, models):
             name = of_leaf.leaf.name
             writer.write(name, of_leaf.base)
             digests[name] = digest(as_bytes(of_leaf.base))
             if of_leaf.deltas:
                 _write_tasks(kind, options, of_leaf, tasks, shared, measured)
+            done += of_leaf.leaf.info.nbytes
+            progress(done, total, name)
         if shared is not None:
             shared.finish()
     of_shared = shared.digests if shared is not None else {}
@@ -350,20 +368,6 @@ def _most_bytes(
             of_all = sum(map(part_bytes, KINDS[kind].shared(leaf, options).values()))
         total += leaf.info.nbytes + of_all + tasks * of_task
     return total
-
-
-def _counter(
-    progress: Progress, leaves: list[StoredLeaf]
-) -> Callable[[StoredLeaf], None]:
-    """What reports that another one of `leaves` is done."""
-    total, done = sum(leaf.info.nbytes for leaf in leaves), 0
-
-    def count(leaf: StoredLeaf) -> None:
-        nonlocal done
-        done += leaf.info.nbytes
-        progress(done, total, leaf.name)
-
-    return count
 
 
 def _open_leaves(stack: contextlib.ExitStack, place: Path) -> BinaryIO:

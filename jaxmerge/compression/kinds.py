@@ -10,6 +10,7 @@
 - `bitdelta`: the signs of each task vector, and one magnitude per matrix.
 """
 
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +21,6 @@ from jax import Array
 
 from jaxmerge.adapters import tsv_compress
 from jaxmerge.checkpoints import LeafInfo
-from jaxmerge.compression.mixing import MIXTURES, Passes, check_mixture, measure_cuts
 from jaxmerge.compression.packing import add_masked, pack
 from jaxmerge.compression.quantising import (
     Codes,
@@ -34,9 +34,10 @@ from jaxmerge.leafwise import units_of
 from jaxmerge.lowrank import LowRank, apply_adapter
 from jaxmerge.matrices import MatrixAxes, leaf_axes, matrix_shape
 from jaxmerge.methods.masking import localise
+from jaxmerge.methods.multitask import MultiTaskVector, multi_task_vector
 from jaxmerge.methods.unified import agreeing, unify
-from jaxmerge.options import Leaf, choice, number, whole_number
-from jaxmerge.tree import is_float
+from jaxmerge.options import Leaf, choice, number, whole_number, without_effect
+from jaxmerge.tree import Params, is_float
 
 Options = Mapping[str, Any]
 Parts = dict[str, Any]
@@ -87,7 +88,8 @@ class Kind(NamedTuple):
         share: from the task vectors of a leaf, by task, and what `measure` found, to
             the parts that tasks share.
         shared: shape and dtype of these, as of `parts`.
-        measure: what options ask to know of all leaves before the first is written.
+        measure: what must be known before the first leaf is written, from the base and
+            the models by task, trees of lazy leaves.
         by_matrix: whether it codes matrices alone, and keeps other leaves whole.
     """
 
@@ -98,7 +100,9 @@ class Kind(NamedTuple):
     decode: Callable[[StoredLeaf, Any, Parts, Parts, float], Any]
     share: Callable[[StoredLeaf, Deltas, Options, Any], Parts] | None = None
     shared: Callable[[StoredLeaf, Options], dict[str, LeafInfo]] = lambda leaf, _: {}
-    measure: Callable[[Passes, Options], Any] = lambda passes, options: None
+    measure: Callable[[Params, Mapping[str, Params], Options], Any] = (
+        lambda base, models, options: None
+    )
     by_matrix: bool = False
 
 
@@ -155,7 +159,11 @@ def checked_options(kind: str, given: Options, tasks: Collection[str]) -> Option
     if "threshold" in options:
         options["threshold"] = _checked_threshold(options["threshold"], tasks)
     if "multi_task" in options:
-        check_mixture(CALLER, options["multi_task"], options["scope"])
+        choice(CALLER, "multi_task", options["multi_task"], ["task_arithmetic", "ties"])
+        choice(CALLER, "scope", options["scope"], ["leaf", "model"])
+        if options["multi_task"] != "ties":
+            needs = "multi_task='ties'"
+            without_effect(CALLER, "scope", options["scope"], "leaf", needs)
     for name in {"bits", "shared_bits"} & options.keys():
         if whole_number(CALLER, name, options[name], least=1) > 8:
             raise ValueError(
@@ -196,11 +204,37 @@ def _mask_parts(leaf: StoredLeaf, options: Options) -> dict[str, LeafInfo]:
     return {"bits": LeafInfo(leaf.info.shape, np.dtype(bool))}
 
 
+class _Mixture(NamedTuple):
+    """How the task vectors of `tasks`, in this order, are added up."""
+
+    tasks: list[str]
+    vector: MultiTaskVector
+
+
+def _tall_measure(
+    base: Params, models: Mapping[str, Params], options: Options
+) -> _Mixture:
+    how = options["multi_task"], options["scope"]
+    trees = list(models.values())
+    return _Mixture(list(models), multi_task_vector(CALLER, base, trees, *how, 0))
+
+
 def _tall_share(
-    leaf: StoredLeaf, deltas: Deltas, options: Options, measured: Any
+    leaf: StoredLeaf, deltas: Deltas, options: Options, measured: _Mixture
 ) -> Parts:
-    vector = MIXTURES[options["multi_task"]](deltas, measured)
-    return {WHOLE: vector.astype(leaf.info.dtype)}
+    tasks, vector = measured
+    unchanged = jnp.zeros_like(next(iter(deltas.values())))
+    of_tasks = [deltas.get(task, unchanged) for task in tasks]
+    numbers = vector.numbers(Leaf(CALLER, leaf.name, leaf.info.shape, len(tasks)))
+    mixed = _mixed(of_tasks, numbers, kernel=vector.kernel)
+    return {WHOLE: mixed.astype(leaf.info.dtype)}
+
+
+@functools.partial(jax.jit, static_argnames="kernel")
+def _mixed(
+    deltas: Sequence[Array], numbers: dict[str, Any], *, kernel: Callable[..., Array]
+) -> Array:
+    return kernel(deltas, **numbers)
 
 
 def _tall_encode(
@@ -357,9 +391,7 @@ KINDS: Mapping[str, Kind] = {
         _masked_decode,
         _tall_share,
         _one_vector,
-        lambda passes, options: (
-            measure_cuts(passes) if options["scope"] == "model" else None
-        ),
+        _tall_measure,
     ),
     "emr": Kind(
         "one elected task vector, a bit per entry and task, a scale per task (EMR)",

@@ -22,13 +22,6 @@ MultiTask = Literal["task_arithmetic", "ties"] | Params
 """How task vectors are added up, or a tree of parameters that are already merged."""
 
 
-TIES = Election(vote="mass", tie="majority", aggregate="sum")
-"""The signs that the authors of TALL-masks elect, and what they do with them."""
-
-TIES_DENSITY = 0.2
-"""The share of each task vector that they keep."""
-
-
 class MultiTaskVector(NamedTuple):
     """How it is made, leaf by leaf: `kernel(deltas, **numbers(leaf))`."""
 
@@ -60,13 +53,7 @@ def multi_task_vector(
     if multi_task == "task_arithmetic":
         return MultiTaskVector(_added, lambda leaf: {})
     trimming = trimmed_election(
-        method,
-        base,
-        models,
-        TIES,
-        density=TIES_DENSITY,
-        scope=scope,
-        stack_axes=stack_axes,
+        method, base, models, _TIES, density=0.2, scope=scope, stack_axes=stack_axes
     )
 
     def numbers(leaf: Leaf) -> dict[str, Any]:
@@ -74,6 +61,9 @@ def multi_task_vector(
         return {"units": Static(leaf.units), "trimming": trimming(leaf)}
 
     return MultiTaskVector(_trimmed, numbers)
+
+
+_TIES = Election(vote="mass", tie="majority", aggregate="sum")
 
 
 def _given(deltas: Sequence[Array], *, merged: Array) -> Array:
@@ -87,5 +77,5 @@ def _added(deltas: Sequence[Array]) -> Array:
 def _trimmed(
     deltas: Sequence[Array], *, units: Static, trimming: dict[str, Any]
 ) -> Array:
-    kernel = functools.partial(merge_trimmed, election=TIES, **trimming)
+    kernel = functools.partial(merge_trimmed, election=_TIES, **trimming)
     return over_units(kernel, units.value)(deltas, None)
