@@ -45,7 +45,12 @@ from jaxmerge.compression.kinds import (
     options_of_task,
     plan_leaf,
 )
-from jaxmerge.compression.reading import FORMAT, layout_of, open_files
+from jaxmerge.compression.reading import (
+    FORMAT,
+    digest_of_leaves,
+    layout_of,
+    open_files,
+)
 from jaxmerge.compression.sources import (
     Source,
     check_sources,
@@ -152,6 +157,10 @@ def create_store(
                 "format": FORMAT,
                 "kind": kind,
                 "options": chosen,
+                "leaves": digest_of_leaves(start.leaves),
+                "sidecars": {
+                    path.name: digest(path.read_bytes()) for path in start.sidecars()
+                },
                 "layouts": {
                     leaf.name: at for leaf in leaves if (at := layout_of(leaf))
                 },

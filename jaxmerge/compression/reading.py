@@ -23,6 +23,7 @@ from jaxmerge.compression.files import (
     Entry,
     StoreError,
     as_bytes,
+    as_json,
     digest,
     file_info,
     from_array,
@@ -130,6 +131,21 @@ class StoreFiles:
         info = self.base.leaves[name]
         expected = self._digests["base"][name]
         return self._checked("the base", self.base, name, info, expected)
+
+    def sidecars(self) -> list[Path]:
+        """The files beside the base, such as configuration and tokenizer.
+
+        Raises:
+            StoreError: one is missing or damaged.
+        """
+        paths = []
+        for name, expected in self.document["sidecars"].items():
+            paths.append(self.path / BASE_NAME / name)
+            if not paths[-1].is_file() or digest(paths[-1].read_bytes()) != expected:
+                raise StoreError(
+                    f"{paths[-1]} is missing or damaged. Copy the store again."
+                )
+        return paths
 
     def read_shared(self, name: str) -> dict[str, np.ndarray]:
         """Reads what tasks share of a leaf; masks come packed in rows.
@@ -283,9 +299,15 @@ def open_files(path: Path) -> StoreFiles:
         base = open_checkpoint(path / BASE_NAME)
     except CheckpointError as error:
         raise StoreError(f"{path}: the base is damaged: {error}") from error
-    if len(base.leaves) != len(document["base"]):
+    if digest_of_leaves(base.leaves) != document["leaves"]:
         raise StoreError(
-            f"{path}: the base is damaged: it has {len(base.leaves)} leaves, of "
-            f"{len(document['base'])}. Copy the store again."
+            f"{path}: the base is damaged: names, shapes or dtypes of leaves are not "
+            "what they were. Copy the store again."
         )
     return StoreFiles(path, document, base)
+
+
+def digest_of_leaves(leaves: Mapping[str, LeafInfo]) -> str:
+    """What identifies names, shapes and dtypes, in the order of a store."""
+    known = [[n, *leaves[n].shape, str(leaves[n].dtype)] for n in in_order(leaves)]
+    return digest(as_json({"leaves": known}))

@@ -154,7 +154,7 @@ class Store:
         record, leaves = self.files.task(task), self.files.base.leaves
         total, done = self.files.base_bytes, 0
         with Writer(out, leaves) as writer:
-            for sidecar in self.files.base.sidecars():
+            for sidecar in self.files.sidecars():
                 writer.add_file(sidecar.name, sidecar)
             for name, array in self._arrays(record):
                 writer.write(name, array)
@@ -214,6 +214,7 @@ class Store:
             except StoreError as error:
                 problems.append(str(error))
 
+        attempt(lambda files: files.sidecars(), self.files)
         for name in self.files.leaves:
             attempt(self.files.read_base, name)
             attempt(self.files.read_shared, name)

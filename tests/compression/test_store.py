@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -403,6 +406,62 @@ def test_flipped_bytes_of_what_tasks_share(made, tmp_path, file):
     open_store(path).verify()
 
 
+@pytest.mark.parametrize("kind", ["tall", "rtvq"])
+def test_no_flipped_byte_of_any_file_goes_unnoticed(tmp_path, kind):
+    base, models = trees(width=8)
+    path = tmp_path / "store"
+    create_store(path, base, models, kind=kind)
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    assert len(files) == 3 + 2 * len(models)
+    leaves = {leaf: np.asarray(x) for leaf, x in base.items()}
+    for file in files:
+        whole = file.read_bytes()
+        for offset in range(0, len(whole), 29):
+            damage(file, offset)
+            try:
+                open_store(path).verify()
+            except StoreError as error:
+                # In values, the leaf; in lists and headers, at least the file.
+                told = str(error)
+                assert any(f"leaf '{leaf}'" in told for leaf in leaves) or (
+                    file.name in told or "the base is damaged" in told
+                )
+            else:  # The format's own metadata, which no value depends on.
+                header = whole[8 : 8 + int.from_bytes(whole[:8], "little")]
+                start = header.index(b'"__metadata__"')
+                assert start <= offset - 8 < header.index(b"}", start)
+            file.write_bytes(whole)
+
+
+def test_damaged_files_beside_the_base(tmp_path):
+    base, models = trees()
+    jaxmerge.save(tmp_path / "base", nested(base))
+    (tmp_path / "base/config.json").write_text('{"width": 16}')
+    path = tmp_path / "store"
+    create_store(path, tmp_path / "base", models)
+    damage(path / "base/config.json", 11)
+    store = open_store(path)
+    for use in (store.verify, lambda: store.extract("law", tmp_path / "out")):
+        with pytest.raises(StoreError, match=r"config\.json is missing or damaged"):
+            use()
+    assert not (tmp_path / "out").exists()
+
+
+def test_renamed_and_reshaped_leaves_of_the_base_are_noticed(made):
+    path, _, _ = made
+    file = path / "base/model.safetensors"
+    whole = file.read_bytes()
+    for old, new in (
+        (b"block/bias", b"black/bias"),
+        (b"[24,16]", b"[16,24]"),
+        (b'"I32"', b'"F32"'),
+    ):
+        assert whole.count(old) == 1
+        file.write_bytes(whole.replace(old, new))
+        with pytest.raises(StoreError, match="names, shapes or dtypes of leaves"):
+            open_store(path)
+
+
 def test_headers_that_lie(made):
     path, _, _ = made
     file = path / "base/model.safetensors"
@@ -546,6 +605,39 @@ def test_a_failed_addition_leaves_nothing(made, monkeypatch):
         add_task(path, "new", models["math"])
     new = open_store(path).params("new")
     assert_trees_equal(new, open_store(path).params("math"))
+
+
+KILLED = """
+import os, signal, sys
+import numpy as np
+from jaxmerge.compression import add_task, files
+
+write, leaves = files.LeafFile.write, []
+
+def killed(self, name, data):
+    write(self, name, data)
+    leaves.append(name)
+    if len(leaves) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+files.LeafFile.write = killed
+add_task(sys.argv[1], "new", dict(np.load(sys.argv[2])))
+"""
+
+
+def test_a_process_killed_in_an_addition_leaves_the_store_as_it_was(made, tmp_path):
+    path, _, models = made
+    np.savez(tmp_path / "model.npz", **models["math"])
+    words = [sys.executable, "-c", KILLED, str(path), str(tmp_path / "model.npz")]
+    assert subprocess.run(words, check=False).returncode == -signal.SIGKILL
+    assert len(list((path / "tasks").glob(".new.*"))) == 1
+    store = open_store(path)
+    assert store.tasks == sorted(TASKS)
+    store.verify()
+    with pytest.raises(StoreError, match="no task 'new'"):
+        store.params("new")
+    add_task(path, "new", models["math"])
+    assert_trees_equal(open_store(path).params("new"), store.params("math"))
 
 
 def test_a_failed_creation_leaves_nothing(tmp_path):
