@@ -55,13 +55,23 @@ def test_a_store_from_end_to_end(runs, capsys):
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [("emr", []), ("tsv", ["--rank", "3"]), ("tvq", ["--bits", "3"]), ("bitdelta", [])],
+    [
+        ("tall", ["--multi-task", "ties", "--scope", "model"]),
+        ("emr", []),
+        ("tsv", ["--rank", "3"]),
+        ("tvq", ["--bits", "3"]),
+        ("rtvq", ["--bits", "1", "--shared-bits", "4"]),
+        ("bitdelta", []),
+    ],
 )
 def test_kinds(runs, capsys, kind, options):
     words = ["store", "create", "base", "math", "law", "--as", kind, *options]
     assert main([*words, "--out", "few"]) == 0
     store = open_store("few")
     assert (store.kind, store.tasks) == (kind, ["law", "math"])
+    chosen = store.files.document["options"]
+    for flag, value in zip(options[::2], options[1::2], strict=True):
+        assert str(chosen[flag.strip("-").replace("-", "_")]) == value
 
 
 @pytest.mark.parametrize(
