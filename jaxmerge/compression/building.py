@@ -266,9 +266,10 @@ def _measure(
         )
 
     def lazy(checkpoint: Checkpoint) -> Params:
+        infos = {leaf.name: checkpoint.leaves[leaf.name] for leaf in floats}
         return {
-            leaf.name: streaming.StoredLeaf(checkpoint, leaf.name, _MEMORY)
-            for leaf in floats
+            name: streaming.StoredLeaf(checkpoint, name, _MEMORY, info.dtype)
+            for name, info in infos.items()
         }
 
     trees = {name: lazy(model) for name, model in models.items()}
