@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxmerge
-from jaxmerge.compression import StoreError, create_store, open_store
+from jaxmerge.compression import StoreError, building, create_store, open_store
 from jaxmerge.compression.sources import InMemory
 
 SIGNS = {"vote": "mass", "tie": "majority", "aggregate": "sum"}
@@ -65,6 +65,26 @@ def test_leaves_of_several_widths_are_refused(tmp_path):
     with pytest.raises(StoreError, match=r"float64 and of narrower.*scope to 'leaf'"):
         create_store(tmp_path / "store", base, models, multi_task="ties", scope="model")
     assert not list(tmp_path.iterdir())
+
+
+def test_large_leaves_are_measured_some_rows_at_a_time(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    base = {"w": np.zeros((20, 8), np.float32)}
+    models = {task: {"w": rng.normal(size=(20, 8)).astype(np.float32)} for task in "ab"}
+    options = {"multi_task": "ties", "scope": "model"}
+    create_store(tmp_path / "whole", base, models, **options)
+    read, indices = InMemory.read, []
+
+    def noted(self, name, *index):
+        indices.append(index)
+        return read(self, name, *index)
+
+    monkeypatch.setattr(InMemory, "read", noted)
+    monkeypatch.setattr(building, "_MEMORY", 1000)
+    create_store(tmp_path / "rows", base, models, **options)
+    assert len({index[0][0].start for index in indices if index}) > 2
+    whole, rows = (shared(tmp_path / name)["w"] for name in ("whole", "rows"))
+    np.testing.assert_array_equal(whole, rows)
 
 
 def test_files_are_read_in_passes(tmp_path, monkeypatch):
