@@ -58,8 +58,8 @@ def fw_merge(
     With $g = \nabla L(\theta_k)$, the gradient of the mean loss over the batches, a
     step chooses from the pool of all models and the start the one with the smallest
     $\langle g, s \rangle$ and moves towards it: $\theta_{k+1} = \theta_k + \gamma_k (s
-    - \theta_k)$, $\gamma_k = \frac{2}{k + 2}\,\eta$. The result is a convex combination
-    of the pool. Models that do not help are never chosen, so the pool may be large.
+    - \theta_k)$, $\gamma_k = \frac{2}{k + 2}\,\eta$. Each leaf of the result is a
+    convex combination of the pool. Models that do not help are not chosen.
 
     Args:
         start: $\theta_0$, where to begin, a pytree of arrays of any shape: the base, or
