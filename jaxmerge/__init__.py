@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from jaxmerge.methods.dropping import dare, della
     from jaxmerge.methods.factors import lorm
     from jaxmerge.methods.fisher import fisher_average, gradient_matching
+    from jaxmerge.methods.frank_wolfe import fw_merge
     from jaxmerge.methods.interference import wudi
     from jaxmerge.methods.masking import (
         apply_mask,
@@ -77,6 +78,7 @@ __all__ = [
     "della",
     "emr",
     "fisher_average",
+    "fw_merge",
     "gradient_matching",
     "iso_c",
     "iso_cts",
@@ -150,6 +152,7 @@ _HOMES = {
     "methods.dropping": ["dare", "della"],
     "methods.factors": ["lorm"],
     "methods.fisher": ["fisher_average", "gradient_matching"],
+    "methods.frank_wolfe": ["fw_merge"],
     "methods.interference": ["wudi"],
     "methods.masking": [
         "apply_mask",

@@ -22,7 +22,7 @@ def kth_magnitude_of(tree: Any, k: Count) -> Array:
 
     Args:
         tree: a pytree of floating-point arrays or lazy leaves; several dtypes are
-            compared in the one that holds them all. Leaves on a mesh are there together.
+            compared in the widest. Those on a mesh are in memory together.
         k: from 1 (the largest) to the number of entries.
 
     Returns:

@@ -14,6 +14,9 @@ from jaxmerge.console import (
 
 # Commands import what they need themselves, so that `--help` does not wait for it.
 
+OPTIONS = ("threshold", "multi_task", "scope", "rank", "bits", "shared_bits")
+"""The options of stores that have a flag."""
+
 
 def add_to(commands: Any) -> None:
     """Adds `store` and its commands to those of a parser."""
@@ -40,16 +43,22 @@ def add_to(commands: Any) -> None:
         metavar="KIND",
         default="tall",
         help="what is kept of each model: tall (default) or emr, a bit per weight; "
-        "tsv, low rank; tvq or bitdelta, few bits per weight",
+        "tsv, low rank; tvq, rtvq or bitdelta, few bits per weight",
     )
     _add_threshold(create)
     create.add_argument(
         "--multi-task", metavar="HOW", help="tall: task_arithmetic or ties"
     )
     create.add_argument(
+        "--scope", help="tall, with ties: what ranks weights, leaf (default) or model"
+    )
+    create.add_argument(
         "--rank", type=int, help="tsv: singular triplets of each matrix"
     )
-    create.add_argument("--bits", type=int, help="tvq: bits per weight, up to 8")
+    create.add_argument("--bits", type=int, help="tvq, rtvq: bits per weight, up to 8")
+    create.add_argument(
+        "--shared-bits", type=int, help="rtvq: bits per weight of what models share"
+    )
 
     extract = add("extract", _extract, "Write one model of a store as a checkpoint")
     extract.add_argument("store", metavar="STORE")
@@ -81,7 +90,7 @@ def _create(arguments: argparse.Namespace) -> None:
     names = _task_names(arguments.models)
     options = {
         name: value
-        for name in ("threshold", "multi_task", "rank", "bits")
+        for name in OPTIONS
         if (value := getattr(arguments, name)) is not None
     }
     models = dict(zip(names, arguments.models, strict=True))

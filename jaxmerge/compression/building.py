@@ -6,12 +6,12 @@ import os
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from jax import Array
 
 import jaxmerge
+from jaxmerge import streaming
 from jaxmerge.checkpoints import Checkpoint, Writer
 from jaxmerge.compression.files import (
     BASE_NAME,
@@ -26,22 +26,31 @@ from jaxmerge.compression.files import (
     as_json,
     check_space,
     digest,
+    file_info,
     part_bytes,
     seal,
+    to_array,
     whole_directory,
 )
 from jaxmerge.compression.kinds import (
     CALLER,
     KINDS,
     WHOLE,
+    Deltas,
     Options,
+    Parts,
     StoredLeaf,
     checked_options,
     in_order,
     options_of_task,
     plan_leaf,
 )
-from jaxmerge.compression.reading import FORMAT, layout_of, open_files
+from jaxmerge.compression.reading import (
+    FORMAT,
+    digest_of_leaves,
+    layout_of,
+    open_files,
+)
 from jaxmerge.compression.sources import (
     Source,
     check_sources,
@@ -50,6 +59,10 @@ from jaxmerge.compression.sources import (
 )
 from jaxmerge.compression.writing import NewTask, Progress, changes, precision
 from jaxmerge.reports import in_background
+from jaxmerge.tree import Params, is_float
+
+# How many bytes one leaf may take while it is measured; of larger ones, some rows do.
+_MEMORY = 500_000_000
 
 
 def create_store(
@@ -76,14 +89,18 @@ def create_store(
         kind: `"tall"` keeps $\theta_0 + m_t \odot \tau_{MTL}$ with the masks of
             `jaxmerge.tall_masks`; `"emr"` EMR-Merging's elected vector, masks and
             scales; `"tsv"` leading singular vectors (`jaxmerge.tsv_compress`); `"tvq"`
-            and `"bitdelta"` quantised task vectors. The vector that tasks share is
+            and `"bitdelta"` quantised task vectors; `"rtvq"` the quantised mean of task
+            vectors, and quantised differences from it. The vector that tasks share is
             kept in the dtypes of the base.
-        progress: called after each leaf.
+        progress: called after each leaf that is written.
         options: of the kind. `"tall"`: `threshold` (0.4), one number or one per task by
-            name, and `multi_task`, `"task_arithmetic"` or `"ties"`, which ranks within
-            leaves. `"tsv"`: `rank`, None for an equal share of the full one; `matrices`
-            and `stack_axes`, as in `tsv_compress`. `"tvq"`: `bits` (4), from 1 to 8,
-            and `stack_axes`. `"bitdelta"`: `matrices` and `stack_axes`.
+            name; `multi_task`, `"task_arithmetic"` or `"ties"`; and what TIES ranks
+            entries within, `scope`, each `"leaf"`, or the `"model"` as the authors do,
+            in further passes over the files. `"tsv"`: `rank`, None for an equal share
+            of the full one; `matrices` and `stack_axes`, as in `tsv_compress`.
+            `"tvq"`: `bits` (4), from 1 to 8, and `stack_axes`. `"rtvq"`: `bits` (2) of
+            differences, `shared_bits` (3) of the mean, and `stack_axes`. `"bitdelta"`:
+            `matrices` and `stack_axes`.
 
     Raises:
         FileExistsError: `path` exists.
@@ -133,13 +150,17 @@ def create_store(
         tasks = {n: NewTask(n, options_of_task(chosen, n), f) for n, f in files.items()}
         hashes = in_background(lambda: _hashes({"": start, **sources}))
         sections = _write_leaves(
-            hidden, kind, leaves, start, sources, tasks, progress or _silent
+            hidden, kind, chosen, leaves, start, sources, tasks, progress or _silent
         )
         document = seal(
             {
                 "format": FORMAT,
                 "kind": kind,
                 "options": chosen,
+                "leaves": digest_of_leaves(start.leaves),
+                "sidecars": {
+                    path.name: digest(path.read_bytes()) for path in start.sidecars()
+                },
                 "layouts": {
                     leaf.name: at for leaf in leaves if (at := layout_of(leaf))
                 },
@@ -207,9 +228,9 @@ def add_task(
             with precision(leaf):
                 delta = changes(leaf, start, value, name)
                 if delta is not None:
-                    vector = files.read_vector(leaf.name)
+                    shared = files.read_shared(leaf.name)
                     parts = files.parts(leaf)
-                    task.keep(files.kind, leaf, parts, value, delta, vector)
+                    task.keep(files.kind, leaf, parts, value, delta, shared)
             if progress is not None:
                 progress(done, files.base_bytes, leaf.name)
         made = _made(source, hashes.result())
@@ -219,9 +240,62 @@ def add_task(
         (hidden / TASK_NAME).write_bytes(as_json(listed))
 
 
+class _LeafTasks(NamedTuple):
+    """A leaf of the base and of all models, with the task vectors that are not zero."""
+
+    leaf: StoredLeaf
+    base: np.ndarray
+    values: Mapping[str, np.ndarray]
+    deltas: Deltas
+
+
+def _measure(
+    kind: str,
+    options: Options,
+    leaves: list[StoredLeaf],
+    base: Checkpoint,
+    models: Mapping[str, Checkpoint],
+) -> Any:
+    """What the kind has to know of all leaves, read in passes."""
+    floats = [leaf for leaf in leaves if is_float(leaf.info)]
+    widths = {leaf.wide for leaf in floats}
+    if options.get("scope") == "model" and len(widths) > 1:
+        raise StoreError(
+            f"{CALLER}: base has leaves of float64 and of narrower numbers, which "
+            "scope='model' cannot rank together; convert it, or set scope to 'leaf'."
+        )
+
+    def lazy(checkpoint: Checkpoint) -> Params:
+        infos = {leaf.name: checkpoint.leaves[leaf.name] for leaf in floats}
+        return {
+            name: streaming.StoredLeaf(checkpoint, name, _MEMORY, info.dtype)
+            for name, info in infos.items()
+        }
+
+    trees = {name: lazy(model) for name, model in models.items()}
+    with streaming.precision(np.dtype(np.float64) in widths):
+        return KINDS[kind].measure(lazy(base), trees, options)
+
+
+def _read_leaves(
+    leaves: list[StoredLeaf],
+    base: Checkpoint,
+    models: Mapping[str, Checkpoint],
+) -> Iterator[_LeafTasks]:
+    """Reads leaf by leaf; numbers are as wide as the leaf is until the next one."""
+    for leaf in leaves:
+        start = base.read(leaf.name)
+        values = {name: model.read(leaf.name) for name, model in models.items()}
+        with precision(leaf):
+            deltas = {n: changes(leaf, start, value, n) for n, value in values.items()}
+            moved = {name: delta for name, delta in deltas.items() if delta is not None}
+            yield _LeafTasks(leaf, start, values, moved)
+
+
 def _write_leaves(
     hidden: Path,
     kind: str,
+    options: Options,
     leaves: list[StoredLeaf],
     base: Checkpoint,
     models: Mapping[str, Checkpoint],
@@ -229,71 +303,67 @@ def _write_leaves(
     progress: Progress,
 ) -> dict[str, list[str | None]]:
     """Writes base, shared vector and tasks; returns the digests of the first two."""
+    measured = _measure(kind, options, leaves, base, models)
     digests, done = {}, 0
     total = sum(leaf.info.nbytes for leaf in leaves)
-    share = KINDS[kind].share
+    infos = {leaf.name: KINDS[kind].shared(leaf, options) for leaf in leaves}
     with contextlib.ExitStack() as stack:
         shared = None
-        if share is not None:
+        if KINDS[kind].share is not None:
             file = stack.enter_context((hidden / SHARED_NAME).open("wb"))
-            shared = VectorFile(file, {leaf.name: leaf.info for leaf in leaves})
+            shared = VectorFile(file, {n: file_info(i) for n, i in infos.items()})
         writer = stack.enter_context(Writer(hidden / BASE_NAME, base.leaves))
         for sidecar in base.sidecars():
             writer.add_file(sidecar.name, sidecar)
-        for leaf in leaves:
-            start = base.read(leaf.name)
-            writer.write(leaf.name, start)
-            digests[leaf.name] = digest(as_bytes(start))
-            with precision(leaf):
-                _write_tasks(kind, leaf, start, models, tasks, shared)
-            done += leaf.info.nbytes
-            progress(done, total, leaf.name)
+        for of_leaf in _read_leaves(leaves, base, models):
+            name = of_leaf.leaf.name
+            writer.write(name, of_leaf.base)
+            digests[name] = digest(as_bytes(of_leaf.base))
+            if of_leaf.deltas:
+                _write_tasks(kind, options, of_leaf, tasks, shared, measured)
+            done += of_leaf.leaf.info.nbytes
+            progress(done, total, name)
         if shared is not None:
             shared.finish()
     of_shared = shared.digests if shared is not None else {}
-    names = [leaf.name for leaf in leaves]
     return {
-        "base": [digests[name] for name in names],
-        "shared": [of_shared.get(name) for name in names],
+        "base": [digests[leaf.name] for leaf in leaves],
+        "shared": [of_shared.get(leaf.name) for leaf in leaves],
     }
 
 
 def _write_tasks(
     kind: str,
-    leaf: StoredLeaf,
-    start: np.ndarray,
-    models: Mapping[str, Checkpoint],
+    options: Options,
+    of_leaf: _LeafTasks,
     tasks: Mapping[str, NewTask],
-    shared: VectorFile | None,
+    file: VectorFile | None,
+    measured: Any,
 ) -> None:
-    values = {name: model.read(leaf.name) for name, model in models.items()}
-    deltas = {n: changes(leaf, start, value, n) for n, value in values.items()}
-    deltas = {name: delta for name, delta in deltas.items() if delta is not None}
-    if not deltas:
-        return
-    vector, infos = None, {WHOLE: leaf.info}
+    leaf, shared, infos = of_leaf.leaf, {}, {WHOLE: of_leaf.leaf.info}
     if not leaf.whole:
-        options = next(iter(tasks.values())).options
         infos = KINDS[kind].parts(leaf, options)
-        if shared is not None:
-            vector = _shared_vector(kind, leaf, list(deltas.values()), options)
-            shared.write(leaf.name, vector)
-    for name, delta in deltas.items():
-        tasks[name].keep(kind, leaf, infos, values[name], delta, vector)
+        if file is not None:
+            shared = _shared_parts(kind, options, of_leaf, measured)
+            of_shared = KINDS[kind].shared(leaf, options)
+            file.write(leaf.name, to_array(shared, of_shared))
+    for name, delta in of_leaf.deltas.items():
+        tasks[name].keep(kind, leaf, infos, of_leaf.values[name], delta, shared)
 
 
-def _shared_vector(
-    kind: str, leaf: StoredLeaf, deltas: list[Array], options: Options
-) -> np.ndarray:
-    share = KINDS[kind].share
+def _shared_parts(
+    kind: str, options: Options, of_leaf: _LeafTasks, measured: Any
+) -> Parts:
+    share, leaf = KINDS[kind].share, of_leaf.leaf
     assert share is not None
-    vector = np.asarray(share(leaf, deltas, options).astype(leaf.info.dtype))
-    if not np.isfinite(vector).all():
+    made = share(leaf, of_leaf.deltas, options, measured)
+    parts = {name: np.asarray(part) for name, part in made.items()}
+    if not all(np.isfinite(part).all() for part in parts.values()):
         raise StoreError(
             f"{CALLER}: leaf {leaf.name!r}: the tasks together move it further than "
             f"{leaf.info.dtype} reaches; convert the base to bfloat16 or float32."
         )
-    return vector
+    return parts
 
 
 def _most_bytes(
@@ -302,11 +372,11 @@ def _most_bytes(
     """The size of the store if every task changes every leaf."""
     total = 0
     for leaf in leaves:
-        copies = 2 if KINDS[kind].share is not None and not leaf.whole else 1
-        of_task = leaf.info.nbytes
+        of_task, of_all = leaf.info.nbytes, 0
         if not leaf.whole:
             of_task = sum(map(part_bytes, KINDS[kind].parts(leaf, options).values()))
-        total += copies * leaf.info.nbytes + tasks * of_task
+            of_all = sum(map(part_bytes, KINDS[kind].shared(leaf, options).values()))
+        total += leaf.info.nbytes + of_all + tasks * of_task
     return total
 
 

@@ -2,12 +2,14 @@
 
     STORE/store.json          kind, options, how leaves are kept, where they came from
     STORE/base/               the base, a checkpoint like any other
-    STORE/shared.safetensors the vector that tasks share: the leaves that a task changes
+    STORE/shared.safetensors what tasks share of the leaves that one of them changes
     STORE/tasks/NAME/         one task: task.json and leaves.bin
 
 `leaves.bin` holds what the task keeps, leaf by leaf without gaps: packed masks (all
 entries in C order, the first in the highest bit) and little-endian arrays, compressed
-with zlib where `task.json` says so. Leaves are listed without their names, as a digest
+with zlib where `task.json` says so. A vector that tasks share is a leaf of
+`shared.safetensors` like any other; codes of several parts are one there, of the bytes
+that `leaves.bin` would have. Leaves are listed without their names, as a digest
 each (the first 96 bits of a SHA-256, in base64) or null: wide dtypes first, then by
 name. Of small models, names would take more than masks.
 """
@@ -123,6 +125,31 @@ def from_buffer(data: Any, infos: Mapping[str, LeafInfo]) -> dict[str, np.ndarra
             array = raw.view(info.dtype).reshape(info.shape)
             parts[name] = np.require(array, requirements=["A"])
     return parts
+
+
+def file_info(infos: Mapping[str, LeafInfo]) -> LeafInfo:
+    """What a safetensors file holds parts as: one alone as it is, several as bytes."""
+    if len(infos) == 1:
+        return next(iter(infos.values()))
+    return LeafInfo((sum(map(part_bytes, infos.values())),), np.dtype(np.uint8))
+
+
+def to_array(
+    parts: Mapping[str, np.ndarray], infos: Mapping[str, LeafInfo]
+) -> np.ndarray:
+    """The array that a safetensors file holds of parts: see `file_info`."""
+    if len(infos) == 1:
+        return next(iter(parts.values()))
+    return np.frombuffer(to_buffer(parts, infos), np.uint8)
+
+
+def from_array(
+    array: np.ndarray, infos: Mapping[str, LeafInfo]
+) -> dict[str, np.ndarray]:
+    """Takes apart what `to_array` put together."""
+    if len(infos) == 1:
+        return dict.fromkeys(infos, array)
+    return from_buffer(array, infos)
 
 
 class Entry(NamedTuple):

@@ -5,9 +5,12 @@
 - `emr`: one elected task vector, a bit per entry and task, a scale per task (EMR).
 - `tsv`: the leading singular vectors of each task matrix (TSV-Compress).
 - `tvq`: each task vector in a few bits per entry.
+- `rtvq`: the mean of all task vectors in a few bits per entry, and what each adds to it
+  in fewer.
 - `bitdelta`: the signs of each task vector, and one magnitude per matrix.
 """
 
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,20 +27,24 @@ from jaxmerge.compression.quantising import (
     Signs,
     apply_quantised,
     binarise,
+    dequantise,
     quantise,
 )
 from jaxmerge.leafwise import units_of
 from jaxmerge.lowrank import LowRank, apply_adapter
 from jaxmerge.matrices import MatrixAxes, leaf_axes, matrix_shape
 from jaxmerge.methods.masking import localise
-from jaxmerge.methods.trimming import ties
+from jaxmerge.methods.multitask import MultiTaskVector, multi_task_vector
 from jaxmerge.methods.unified import agreeing, unify
-from jaxmerge.options import Leaf, choice, number, whole_number
-from jaxmerge.tree import is_float
+from jaxmerge.options import Leaf, choice, number, whole_number, without_effect
+from jaxmerge.tree import Params, is_float
 
 Options = Mapping[str, Any]
 Parts = dict[str, Any]
-"""What is kept of a leaf for one task: arrays by name; masks are packed in rows."""
+"""What is kept of a leaf for one task or for all: arrays by name; masks are packed."""
+
+Deltas = Mapping[str, Array]
+"""The task vectors of a leaf, by task, of those tasks that change it."""
 
 CALLER = "create_store"
 WHOLE = "whole"
@@ -75,19 +82,27 @@ class Kind(NamedTuple):
         summary: one line for users.
         defaults: the options and their defaults.
         parts: shape and dtype of what is kept of a leaf, by name; bool if packed.
-        encode: from a task vector, and the vector that tasks share, to its parts.
-        decode: from the base leaf, the shared vector, the parts and the task's scale to
+        encode: from a task vector, and the parts that tasks share, to its parts.
+        decode: from the base leaf, the shared parts, the parts and the task's scale to
             the leaf.
-        share: from all task vectors to the vector that tasks share.
+        share: from the task vectors of a leaf, by task, and what `measure` found, to
+            the parts that tasks share.
+        shared: shape and dtype of these, as of `parts`.
+        measure: what must be known before the first leaf is written, from the base and
+            the models by task, trees of lazy leaves.
         by_matrix: whether it codes matrices alone, and keeps other leaves whole.
     """
 
     summary: str
     defaults: Options
     parts: Callable[[StoredLeaf, Options], dict[str, LeafInfo]]
-    encode: Callable[[StoredLeaf, Array, Any, Options], Parts]
-    decode: Callable[[StoredLeaf, Any, Any, Parts, float], Any]
-    share: Callable[[StoredLeaf, Sequence[Array], Options], Array] | None = None
+    encode: Callable[[StoredLeaf, Array, Parts, Options], Parts]
+    decode: Callable[[StoredLeaf, Any, Parts, Parts, float], Any]
+    share: Callable[[StoredLeaf, Deltas, Options, Any], Parts] | None = None
+    shared: Callable[[StoredLeaf, Options], dict[str, LeafInfo]] = lambda leaf, _: {}
+    measure: Callable[[Params, Mapping[str, Params], Options], Any] = (
+        lambda base, models, options: None
+    )
     by_matrix: bool = False
 
 
@@ -144,9 +159,16 @@ def checked_options(kind: str, given: Options, tasks: Collection[str]) -> Option
     if "threshold" in options:
         options["threshold"] = _checked_threshold(options["threshold"], tasks)
     if "multi_task" in options:
-        choice(CALLER, "multi_task", options["multi_task"], list(_MIXTURES))
-    if "bits" in options and whole_number(CALLER, "bits", options["bits"], least=1) > 8:
-        raise ValueError(f"{CALLER}: bits is {options['bits']}; it must be at most 8.")
+        choice(CALLER, "multi_task", options["multi_task"], ["task_arithmetic", "ties"])
+        choice(CALLER, "scope", options["scope"], ["leaf", "model"])
+        if options["multi_task"] != "ties":
+            needs = "multi_task='ties'"
+            without_effect(CALLER, "scope", options["scope"], "leaf", needs)
+    for name in {"bits", "shared_bits"} & options.keys():
+        if whole_number(CALLER, name, options[name], least=1) > 8:
+            raise ValueError(
+                f"{CALLER}: {name} is {options[name]}; it must be at most 8."
+            )
     if options.get("rank") is not None:
         whole_number(CALLER, "rank", options["rank"], least=1)
     return options
@@ -174,32 +196,68 @@ def options_of_task(options: Options, task: str) -> Options:
     return options
 
 
-def _sum(leaf: StoredLeaf, deltas: Sequence[Array]) -> Array:
-    return sum(deltas)  # type: ignore[return-value]
-
-
-def _ties(leaf: StoredLeaf, deltas: Sequence[Array]) -> Array:
-    trees = [{leaf.name: delta} for delta in deltas]
-    start = {leaf.name: jnp.zeros_like(deltas[0])}
-    return ties(start, trees, vote="mass", tie="majority", aggregate="sum")[leaf.name]
-
-
-_MIXTURES = {"task_arithmetic": _sum, "ties": _ties}
+def _one_vector(leaf: StoredLeaf, options: Options) -> dict[str, LeafInfo]:
+    return {WHOLE: leaf.info}
 
 
 def _mask_parts(leaf: StoredLeaf, options: Options) -> dict[str, LeafInfo]:
     return {"bits": LeafInfo(leaf.info.shape, np.dtype(bool))}
 
 
-def _tall_encode(
-    leaf: StoredLeaf, delta: Array, vector: Any, options: Options
+class _Mixture(NamedTuple):
+    """How the task vectors of `tasks`, in this order, are added up."""
+
+    tasks: list[str]
+    vector: MultiTaskVector
+
+
+def _tall_measure(
+    base: Params, models: Mapping[str, Params], options: Options
+) -> _Mixture:
+    how = options["multi_task"], options["scope"]
+    trees = list(models.values())
+    return _Mixture(list(models), multi_task_vector(CALLER, base, trees, *how, 0))
+
+
+def _tall_share(
+    leaf: StoredLeaf, deltas: Deltas, options: Options, measured: _Mixture
 ) -> Parts:
-    return {"bits": _localised(delta, vector, options["threshold"])}
+    tasks, vector = measured
+    unchanged = jnp.zeros_like(next(iter(deltas.values())))
+    of_tasks = [deltas.get(task, unchanged) for task in tasks]
+    numbers = vector.numbers(Leaf(CALLER, leaf.name, leaf.info.shape, len(tasks)))
+    mixed = _mixed(of_tasks, numbers, kernel=vector.kernel)
+    return {WHOLE: mixed.astype(leaf.info.dtype)}
+
+
+@functools.partial(jax.jit, static_argnames="kernel")
+def _mixed(
+    deltas: Sequence[Array], numbers: dict[str, Any], *, kernel: Callable[..., Array]
+) -> Array:
+    return kernel(deltas, **numbers)
+
+
+def _tall_encode(
+    leaf: StoredLeaf, delta: Array, shared: Parts, options: Options
+) -> Parts:
+    return {"bits": _localised(delta, shared[WHOLE], options["threshold"])}
 
 
 @jax.jit
 def _localised(delta: Array, vector: Array, threshold: float) -> Array:
     return pack(localise(delta, vector.astype(delta.dtype), threshold, True))
+
+
+def _emr_share(
+    leaf: StoredLeaf, deltas: Deltas, options: Options, measured: Any
+) -> Parts:
+    return {WHOLE: _unified(list(deltas.values())).astype(leaf.info.dtype)}
+
+
+def _emr_encode(
+    leaf: StoredLeaf, delta: Array, shared: Parts, options: Options
+) -> Parts:
+    return {"bits": _agreeing(delta, shared[WHOLE])}
 
 
 _unified = jax.jit(unify)
@@ -211,9 +269,9 @@ def _agreeing(delta: Array, vector: Array) -> Array:
 
 
 def _masked_decode(
-    leaf: StoredLeaf, base: Any, vector: Any, parts: Parts, scale: float
+    leaf: StoredLeaf, base: Any, shared: Parts, parts: Parts, scale: float
 ) -> Any:
-    return add_masked(base, vector, parts["bits"], scale)
+    return add_masked(base, shared[WHOLE], parts["bits"], scale)
 
 
 def _low_rank_parts(leaf: StoredLeaf, options: Options) -> dict[str, LeafInfo]:
@@ -225,7 +283,7 @@ def _low_rank_parts(leaf: StoredLeaf, options: Options) -> dict[str, LeafInfo]:
 
 
 def _low_rank_encode(
-    leaf: StoredLeaf, delta: Array, vector: Any, options: Options
+    leaf: StoredLeaf, delta: Array, shared: Parts, options: Options
 ) -> Parts:
     (adapter,) = tsv_compress(
         {leaf.name: jnp.zeros_like(delta)},
@@ -238,7 +296,7 @@ def _low_rank_encode(
 
 
 def _low_rank_decode(
-    leaf: StoredLeaf, base: Any, vector: Any, parts: Parts, scale: float
+    leaf: StoredLeaf, base: Any, shared: Parts, parts: Parts, scale: float
 ) -> Any:
     moved = apply_adapter(
         {leaf.name: base},
@@ -255,21 +313,55 @@ def _per_layer(leaf: StoredLeaf) -> LeafInfo:
     return LeafInfo(shape, leaf.wide)
 
 
-def _codes_parts(leaf: StoredLeaf, options: Options) -> dict[str, LeafInfo]:
-    planes = LeafInfo((options["bits"], *(leaf.info.shape or (1,))), np.dtype(bool))
+def _codes_of(leaf: StoredLeaf, bits: int) -> dict[str, LeafInfo]:
+    planes = LeafInfo((bits, *(leaf.info.shape or (1,))), np.dtype(bool))
     return {"bits": planes, "step": _per_layer(leaf), "zero": _per_layer(leaf)}
 
 
+def _codes_parts(leaf: StoredLeaf, options: Options) -> dict[str, LeafInfo]:
+    return _codes_of(leaf, options["bits"])
+
+
 def _codes_encode(
-    leaf: StoredLeaf, delta: Array, vector: Any, options: Options
+    leaf: StoredLeaf, delta: Array, shared: Parts, options: Options
 ) -> Parts:
     return quantise(delta, options["bits"], leaf.axes.stack)._asdict()
 
 
 def _codes_decode(
-    leaf: StoredLeaf, base: Any, vector: Any, parts: Parts, scale: float
+    leaf: StoredLeaf, base: Any, shared: Parts, parts: Parts, scale: float
 ) -> Any:
     return apply_quantised(base, Codes(**parts))
+
+
+def _offset_parts(leaf: StoredLeaf, options: Options) -> dict[str, LeafInfo]:
+    return _codes_of(leaf, options["shared_bits"])
+
+
+def _offset_share(
+    leaf: StoredLeaf, deltas: Deltas, options: Options, measured: Any
+) -> Parts:
+    mean = sum(deltas.values()) / len(deltas)
+    return quantise(mean, options["shared_bits"], leaf.axes.stack)._asdict()
+
+
+def _residual_encode(
+    leaf: StoredLeaf, delta: Array, shared: Parts, options: Options
+) -> Parts:
+    residual = _residual(delta, Codes(**shared))
+    return quantise(residual, options["bits"], leaf.axes.stack)._asdict()
+
+
+@jax.jit
+def _residual(delta: Array, offset: Codes) -> Array:
+    # From what the offset is read as, not what it was: that corrects its errors.
+    return delta - dequantise(offset, delta.shape)
+
+
+def _residual_decode(
+    leaf: StoredLeaf, base: Any, shared: Parts, parts: Parts, scale: float
+) -> Any:
+    return apply_quantised(base, Codes(**shared), Codes(**parts))
 
 
 def _signs_parts(leaf: StoredLeaf, options: Options) -> dict[str, LeafInfo]:
@@ -277,42 +369,15 @@ def _signs_parts(leaf: StoredLeaf, options: Options) -> dict[str, LeafInfo]:
 
 
 def _signs_encode(
-    leaf: StoredLeaf, delta: Array, vector: Any, options: Options
+    leaf: StoredLeaf, delta: Array, shared: Parts, options: Options
 ) -> Parts:
     return binarise(delta, leaf.axes.stack)._asdict()
 
 
 def _signs_decode(
-    leaf: StoredLeaf, base: Any, vector: Any, parts: Parts, scale: float
+    leaf: StoredLeaf, base: Any, shared: Parts, parts: Parts, scale: float
 ) -> Any:
     return apply_quantised(base, Signs(**parts))
-
-
-class Norms(NamedTuple):
-    """L1 norms that the scale of a task is made of, summed over leaves.
-
-    Attributes:
-        delta: of the task vector.
-        kept: of the shared vector within the task's mask.
-    """
-
-    delta: float = 0.0
-    kept: float = 0.0
-
-    def plus(self, delta: Any, kept: Any) -> "Norms":
-        """With those of a further leaf."""
-        return Norms(self.delta + float(delta), self.kept + float(kept))
-
-    def scale(self) -> float:
-        """What makes the norm of the masked vector that of the task vector; else 1."""
-        return self.delta / self.kept if self.kept else 1.0
-
-
-@jax.jit
-def l1_norms(delta: Array, vector: Array, bits: Array) -> tuple[Array, Array]:
-    """The `Norms` of one leaf."""
-    kept = add_masked(jnp.zeros_like(delta), vector, bits)
-    return jnp.sum(jnp.abs(delta)), jnp.sum(jnp.abs(kept))
 
 
 _MATRICES = {"matrices": None, "stack_axes": 0}
@@ -320,19 +385,22 @@ _MATRICES = {"matrices": None, "stack_axes": 0}
 KINDS: Mapping[str, Kind] = {
     "tall": Kind(
         "one multi-task vector, a bit per entry and task (TALL-masks)",
-        {"threshold": 0.4, "multi_task": "task_arithmetic"},
+        {"threshold": 0.4, "multi_task": "task_arithmetic", "scope": "leaf"},
         _mask_parts,
         _tall_encode,
         _masked_decode,
-        lambda leaf, deltas, options: _MIXTURES[options["multi_task"]](leaf, deltas),
+        _tall_share,
+        _one_vector,
+        _tall_measure,
     ),
     "emr": Kind(
         "one elected task vector, a bit per entry and task, a scale per task (EMR)",
         {},
         _mask_parts,
-        lambda leaf, delta, vector, options: {"bits": _agreeing(delta, vector)},
+        _emr_encode,
         _masked_decode,
-        lambda leaf, deltas, options: _unified(deltas),
+        _emr_share,
+        _one_vector,
     ),
     "tsv": Kind(
         "leading singular vectors of each task matrix (TSV-Compress)",
@@ -348,6 +416,15 @@ KINDS: Mapping[str, Kind] = {
         _codes_parts,
         _codes_encode,
         _codes_decode,
+    ),
+    "rtvq": Kind(
+        "their mean in a few bits per entry, and what each adds in fewer (RTVQ)",
+        {"bits": 2, "shared_bits": 3, "stack_axes": 0},
+        _codes_parts,
+        _residual_encode,
+        _residual_decode,
+        _offset_share,
+        _offset_parts,
     ),
     "bitdelta": Kind(
         "signs of task vectors, a magnitude per matrix (BitDelta)",

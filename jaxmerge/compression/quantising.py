@@ -1,4 +1,4 @@
-"""Task vectors in a few bits per entry: TVQ and BitDelta.
+"""Task vectors in a few bits per entry: TVQ, RTVQ and BitDelta.
 
 Kim et al., "Task Vector Quantization for Memory-Efficient Model Merging", ICCV 2025,
 arXiv:2503.06921. Liu et al., "BitDelta: Your Fine-Tune May Only Be Worth One Bit",
@@ -119,17 +119,21 @@ def debinarise(signs: Signs, shape: tuple[int, ...]) -> Array:
     return jnp.where(unpack(signs.bits, shape), signs.scale, -signs.scale)
 
 
-def apply_quantised(base: Array, coded: Codes | Signs) -> Array:
-    """The leaf that a quantised task vector makes of `base`, like `base`."""
+def apply_quantised(base: Array, *coded: Codes | Signs) -> Array:
+    """The leaf that quantised task vectors, added up, make of `base`; like `base`."""
     return _apply(base, coded, target=sharding.of(base))
+
+
+def _decode(coded: Codes | Signs, shape: tuple[int, ...]) -> Array:
+    if isinstance(coded, Signs):
+        return debinarise(coded, shape)
+    return dequantise(coded, shape)
 
 
 @functools.partial(jax.jit, static_argnames="target")
 def _apply(base, coded, *, target):
-    decode = debinarise if isinstance(coded, Signs) else dequantise
-
     def apply(base, coded):
-        delta = decode(coded, base.shape)
+        delta = sum(_decode(each, base.shape) for each in coded)
         return (base.astype(wide(base.dtype)) + delta).astype(base.dtype)
 
     return sharding.keep(sharding.auto(apply, like=base)(base, coded), target)

@@ -23,7 +23,10 @@ from jaxmerge.compression.files import (
     Entry,
     StoreError,
     as_bytes,
+    as_json,
     digest,
+    file_info,
+    from_array,
     from_buffer,
     part_bytes,
     unsealed,
@@ -104,8 +107,8 @@ class StoreFiles:
     def parts(self, leaf: StoredLeaf) -> dict[str, LeafInfo]:
         """What a task keeps of a leaf, if it changes it, in the order of the file.
 
-        One that was added later may change leaves of which there is no shared vector;
-        these it keeps whole.
+        One that was added later may change leaves of which tasks share nothing; these
+        it keeps whole.
         """
         kind = KINDS[self.kind]
         alone = kind.share and self._digests["shared"][leaf.name] is None
@@ -113,36 +116,66 @@ class StoreFiles:
             return {WHOLE: leaf.info}
         return kind.parts(leaf, self.document["options"])
 
+    def shared_parts(self, leaf: StoredLeaf) -> dict[str, LeafInfo]:
+        """What tasks share of a leaf: nothing, if none changed it at the start."""
+        if self._digests["shared"][leaf.name] is None:
+            return {}
+        return KINDS[self.kind].shared(leaf, self.document["options"])
+
     def read_base(self, name: str) -> np.ndarray:
         """Reads a leaf of the base.
 
         Raises:
             StoreError: it is damaged.
         """
-        return self._checked("the base", self.base, name, self._digests["base"][name])
+        info = self.base.leaves[name]
+        expected = self._digests["base"][name]
+        return self._checked("the base", self.base, name, info, expected)
 
-    def read_vector(self, name: str) -> np.ndarray | None:
-        """Reads a leaf of the vector that tasks share; None if there is none.
+    def sidecars(self) -> list[Path]:
+        """The files beside the base, such as configuration and tokenizer.
+
+        Raises:
+            StoreError: one is missing or damaged.
+        """
+        paths = []
+        for name, expected in self.document["sidecars"].items():
+            paths.append(self.path / BASE_NAME / name)
+            if not paths[-1].is_file() or digest(paths[-1].read_bytes()) != expected:
+                raise StoreError(
+                    f"{paths[-1]} is missing or damaged. Copy the store again."
+                )
+        return paths
+
+    def read_shared(self, name: str) -> dict[str, np.ndarray]:
+        """Reads what tasks share of a leaf; masks come packed in rows.
 
         Raises:
             StoreError: it is damaged.
         """
-        expected = self._digests["shared"][name]
-        if expected is None:
-            return None
+        infos = self.shared_parts(self.leaves[name])
+        if not infos:
+            return {}
         try:
             file = self._shared
         except CheckpointError as error:
             raise _damaged(self.path, "the shared vector", name, str(error)) from error
-        return self._checked("the shared vector", file, name, expected)
+        info, expected = file_info(infos), self._digests["shared"][name]
+        array = self._checked("the shared vector", file, name, info, expected)
+        return from_array(array, infos)
 
     def _checked(
-        self, section: str, file: Checkpoint, name: str, expected: str | None
+        self,
+        section: str,
+        file: Checkpoint,
+        name: str,
+        info: LeafInfo,
+        expected: str | None,
     ) -> np.ndarray:
-        info = file.leaves.get(name)
-        if info != self.base.leaves[name]:
-            found = "missing" if info is None else f"{info.dtype}{list(info.shape)}"
-            raise _damaged(self.path, section, name, f"it is {found}")
+        found = file.leaves.get(name)
+        if found != info:
+            what = "missing" if found is None else f"{found.dtype}{list(found.shape)}"
+            raise _damaged(self.path, section, name, f"it is {what}")
         array = file.read(name)
         if digest(as_bytes(array)) != expected:
             raise _damaged(self.path, section, name, _MISMATCH)
@@ -266,9 +299,15 @@ def open_files(path: Path) -> StoreFiles:
         base = open_checkpoint(path / BASE_NAME)
     except CheckpointError as error:
         raise StoreError(f"{path}: the base is damaged: {error}") from error
-    if len(base.leaves) != len(document["base"]):
+    if digest_of_leaves(base.leaves) != document["leaves"]:
         raise StoreError(
-            f"{path}: the base is damaged: it has {len(base.leaves)} leaves, of "
-            f"{len(document['base'])}. Copy the store again."
+            f"{path}: the base is damaged: names, shapes or dtypes of leaves are not "
+            "what they were. Copy the store again."
         )
     return StoreFiles(path, document, base)
+
+
+def digest_of_leaves(leaves: Mapping[str, LeafInfo]) -> str:
+    """What identifies names, shapes and dtypes, in the order of a store."""
+    known = [[n, *leaves[n].shape, str(leaves[n].dtype)] for n in in_order(leaves)]
+    return digest(as_json({"leaves": known}))

@@ -4,18 +4,25 @@ from typing import Literal, get_args
 
 from jaxmerge.options import choice, whole_number
 
-Stored = Literal["individual", "merged", "tall", "emr", "tvq", "bitdelta"]
+Stored = Literal["individual", "merged", "tall", "emr", "tvq", "rtvq", "bitdelta"]
 
 
 def predicted_bits(
-    parameters: int, trained: int, tasks: int, kind: Stored, *, bits: int = 4
+    parameters: int,
+    trained: int,
+    tasks: int,
+    kind: Stored,
+    *,
+    bits: int | None = None,
+    shared_bits: int = 3,
 ) -> int:
     r"""Predicts the bits that models take in float32, by what is stored of them.
 
     With $P$ parameters, of which $P'$ are trained and $F$ frozen, and $T$ tasks:
     individual models take $32 (T P' + F)$, a merged one $32 P$, TALL-masks
     $32 (2 P' + F) + T P'$ (base, multi-task vector and masks), EMR $32 T$ more, and
-    task vectors of $b$ bits $32 P + b\,T P'$. What files say about themselves comes on
+    task vectors of $b$ bits $32 P + b\,T P'$; RTVQ $b_0 P'$ more, for the mean in $b_0$
+    bits, which is $b + b_0 / T$ bits per task. What files say about themselves comes on
     top, as do the few numbers per leaf of quantised task vectors. What low-rank task
     vectors take depends on the shapes of matrices, so `"tsv"` is not among them.
 
@@ -24,7 +31,8 @@ def predicted_bits(
         trained: $P'$, at most `parameters`.
         tasks: $T$.
         kind: `"individual"`, `"merged"`, or a kind of store.
-        bits: $b$ of `"tvq"`; `"bitdelta"` takes one.
+        bits: $b$; by default that of the store, 4 for `"tvq"` and 2 for `"rtvq"`.
+        shared_bits: $b_0$ of `"rtvq"`.
 
     Raises:
         ValueError: an unknown kind, or a number out of range.
@@ -37,7 +45,9 @@ def predicted_bits(
     choice("predicted_bits", "kind", kind, get_args(Stored))
     whole_number("predicted_bits", "trained", trained, least=0)
     whole_number("predicted_bits", "tasks", tasks, least=1)
-    whole_number("predicted_bits", "bits", bits, least=1)
+    if bits is not None:
+        whole_number("predicted_bits", "bits", bits, least=1)
+    whole_number("predicted_bits", "shared_bits", shared_bits, least=1)
     if parameters < trained:
         raise ValueError(
             f"predicted_bits: {trained} parameters are trained, of {parameters}; give "
@@ -50,6 +60,7 @@ def predicted_bits(
         "merged": 32 * parameters,
         "tall": 32 * (2 * trained + frozen) + masks,
         "emr": 32 * (2 * trained + frozen) + masks + 32 * tasks,
-        "tvq": 32 * parameters + bits * masks,
+        "tvq": 32 * parameters + (bits or 4) * masks,
+        "rtvq": 32 * parameters + (bits or 2) * masks + shared_bits * trained,
         "bitdelta": 32 * parameters + masks,
     }[kind]

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxmerge
 from jaxmerge import sharding
-from jaxmerge.checkpoints import REPORT_NAME, Writer
+from jaxmerge.checkpoints import REPORT_NAME, LeafInfo, Writer
 from jaxmerge.checkpoints.names import nest
 from jaxmerge.compression.files import TASKS_NAME, StoreError, as_json
 from jaxmerge.compression.kinds import KINDS, WHOLE, StoredLeaf
@@ -42,7 +42,7 @@ class Store:
 
     @property
     def kind(self) -> str:
-        """What is kept of the tasks: "tall", "emr", "tsv", "tvq" or "bitdelta"."""
+        """What is kept of the tasks: one of the kinds of `create_store`."""
         return self.files.kind
 
     @property
@@ -80,7 +80,7 @@ class Store:
                     self.kind,
                     leaf,
                     self._base[name],
-                    self._vector.get(name),
+                    self._shared[name],
                     kept[name],
                     record.scale,
                 )
@@ -98,25 +98,30 @@ class Store:
         }
 
     @cached_property
-    def _vector(self) -> dict[str, Any]:
-        vectors = {name: self.files.read_vector(name) for name in self.files.leaves}
+    def _shared(self) -> dict[str, dict[str, Any]]:
+        files = self.files
         return {
-            name: _put(vector, self._shardings.get(name))
-            for name, vector in vectors.items()
-            if vector is not None
+            name: self._put_parts(
+                leaf, files.read_shared(name), files.shared_parts(leaf)
+            )
+            for name, leaf in files.leaves.items()
         }
 
     def _load_task(self, record: TaskRecord) -> dict[str, dict[str, Any]]:
-        kept, leaves = self.files.read_task(record), self.files.leaves
+        files, kept = self.files, self.files.read_task(record)
+        leaves = [files.leaves[name] for name in kept.places]
         return {
-            name: self._put_parts(leaves[name], kept.read(name)) for name in kept.places
+            leaf.name: self._put_parts(leaf, kept.read(leaf.name), files.parts(leaf))
+            for leaf in leaves
         }
 
     def _put_parts(
-        self, leaf: StoredLeaf, parts: dict[str, np.ndarray]
+        self,
+        leaf: StoredLeaf,
+        parts: dict[str, np.ndarray],
+        infos: Mapping[str, LeafInfo],
     ) -> dict[str, Any]:
         of_leaf = self._shardings.get(leaf.name)
-        infos = self.files.parts(leaf)
 
         def target(name: str) -> Any:
             if of_leaf is None or name == WHOLE:
@@ -149,7 +154,7 @@ class Store:
         record, leaves = self.files.task(task), self.files.base.leaves
         total, done = self.files.base_bytes, 0
         with Writer(out, leaves) as writer:
-            for sidecar in self.files.base.sidecars():
+            for sidecar in self.files.sidecars():
                 writer.add_file(sidecar.name, sidecar)
             for name, array in self._arrays(record):
                 writer.write(name, array)
@@ -165,7 +170,7 @@ class Store:
         def read(leaf: StoredLeaf, pool: ThreadPoolExecutor) -> list[Any]:
             jobs: list[Any] = [pool.submit(self.files.read_base, leaf.name)]
             if leaf.name in kept.places:
-                jobs.append(pool.submit(self.files.read_vector, leaf.name))
+                jobs.append(pool.submit(self.files.read_shared, leaf.name))
                 jobs.append(pool.submit(kept.read, leaf.name))
             return jobs
 
@@ -176,10 +181,10 @@ class Store:
                 ahead = [] if following is None else read(following, pool)
                 base, *of_task = [job.result() for job in jobs]
                 if of_task:
-                    vector, parts = of_task
+                    shared, parts = of_task
                     with precision(leaf):
                         base = _decode(
-                            self.kind, leaf, base, vector, parts, record.scale
+                            self.kind, leaf, base, shared, parts, record.scale
                         )
                 yield leaf.name, np.asarray(base)
 
@@ -209,9 +214,10 @@ class Store:
             except StoreError as error:
                 problems.append(str(error))
 
+        attempt(lambda files: files.sidecars(), self.files)
         for name in self.files.leaves:
             attempt(self.files.read_base, name)
-            attempt(self.files.read_vector, name)
+            attempt(self.files.read_shared, name)
         for task in self.tasks:
             record = attempt(self.files.task, task)
             if record is not None:
@@ -278,11 +284,11 @@ def open_store(
 
 
 def _decode(
-    kind: str, leaf: StoredLeaf, base: Any, vector: Any, parts: Any, scale: float
+    kind: str, leaf: StoredLeaf, base: Any, shared: Any, parts: Any, scale: float
 ) -> Any:
     if WHOLE in parts:
         return parts[WHOLE]
-    return KINDS[kind].decode(leaf, base, vector, parts, scale)
+    return KINDS[kind].decode(leaf, base, shared, parts, scale)
 
 
 def _put(array: np.ndarray, target: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +20,35 @@ from jaxmerge.compression.files import (
 from jaxmerge.compression.kinds import (
     KINDS,
     WHOLE,
-    Norms,
     Options,
+    Parts,
     StoredLeaf,
-    l1_norms,
 )
+from jaxmerge.compression.packing import add_masked
 from jaxmerge.leafwise import task_vector
 
 Progress = Callable[[int, int, str], None]
 """Called with the bytes of leaves done so far, those of all, and the leaf."""
+
+
+class Norms(NamedTuple):
+    """L1 norms that the scale of a task is made of, summed over leaves.
+
+    Attributes:
+        delta: of the task vector.
+        kept: of the shared vector within the task's mask.
+    """
+
+    delta: float = 0.0
+    kept: float = 0.0
+
+    def plus(self, delta: Any, kept: Any) -> "Norms":
+        """With those of a further leaf."""
+        return Norms(self.delta + float(delta), self.kept + float(kept))
+
+    def scale(self) -> float:
+        """What makes the norm of the masked vector that of the task vector; else 1."""
+        return self.delta / self.kept if self.kept else 1.0
 
 
 class NewTask:
@@ -45,7 +65,7 @@ class NewTask:
         infos: Mapping[str, LeafInfo],
         value: np.ndarray,
         delta: Any,
-        vector: np.ndarray | None,
+        shared: Parts,
     ) -> None:
         """Writes what the task keeps of a leaf that it changes.
 
@@ -55,14 +75,15 @@ class NewTask:
             infos: the parts that are kept of it.
             value: the leaf of the model.
             delta: the task vector.
-            vector: what tasks share of the leaf.
+            shared: the parts that tasks share of the leaf.
         """
         if WHOLE in infos:
             parts = {WHOLE: value.astype(leaf.info.dtype)}
         else:
-            parts = KINDS[kind].encode(leaf, delta, vector, self.options)
+            parts = KINDS[kind].encode(leaf, delta, shared, self.options)
             if kind == "emr":
-                self._norms = self._norms.plus(*l1_norms(delta, vector, parts["bits"]))
+                norms = _l1_norms(delta, shared[WHOLE], parts["bits"])
+                self._norms = self._norms.plus(*norms)
         arrays = {name: np.asarray(part) for name, part in parts.items()}
         self._file.write(leaf.name, to_buffer(arrays, infos))
 
@@ -79,6 +100,13 @@ class NewTask:
         scale = {"scale": self._norms.scale()} if kind == "emr" else {}
         document = {"name": self.name, "store": store, **threshold, **scale}
         return seal({**document, "leaves": listed, "made": made})
+
+
+@jax.jit
+def _l1_norms(delta: Array, vector: Array, bits: Array) -> tuple[Array, Array]:
+    """The `Norms` of one leaf."""
+    kept = add_masked(jnp.zeros_like(delta), vector, bits)
+    return jnp.sum(jnp.abs(delta)), jnp.sum(jnp.abs(kept))
 
 
 def changes(leaf: StoredLeaf, start: np.ndarray, value: np.ndarray, task: str) -> Any:

@@ -139,13 +139,16 @@ def _merge(
 def _merge_consensus(
     out: Path, experiment: Experiment, multi_task: str, thresholds: list[float]
 ) -> list[Row]:
-    options = {"multi_task": multi_task, "threshold": thresholds}
+    options = {"multi_task": multi_task, "threshold": thresholds, "scope": "model"}
     suffix = MULTI_TASK[multi_task]
     return _merge(out, methods()["consensus"], experiment, options, suffix)
 
 
 def best_thresholds(experiment: Experiment) -> Thresholds:
-    """The thresholds of TALL-masks that are best on each task's validation images."""
+    """The thresholds of TALL-masks that are best on each task's validation images.
+
+    TIES ranks the whole model, as in the paper's experiments; a sum ranks nothing.
+    """
     models, heads = list(experiment.tuned.values()), experiment.heads
 
     def score(params: Params, task: int) -> jax.Array:
@@ -155,7 +158,7 @@ def best_thresholds(experiment: Experiment) -> Thresholds:
 
     return {
         multi_task: choose_thresholds(
-            experiment.start, models, score, multi_task=multi_task
+            experiment.start, models, score, multi_task=multi_task, scope="model"
         ).values
         for multi_task in MULTI_TASK
     }

@@ -12,10 +12,11 @@ from jaxmerge.evaluation import ResultTable
 
 KINDS = {
     "tall": {"multi_task": "task_arithmetic"},
-    "tall, ties": {"multi_task": "ties"},
+    "tall, ties": {"multi_task": "ties", "scope": "model"},
     "emr": {},
     "tsv": {},
     "tvq": {},
+    "rtvq": {},
     "bitdelta": {},
 }
 """The kinds of store that are compared, and their options, by what they are called."""

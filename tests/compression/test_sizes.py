@@ -5,6 +5,7 @@ import pytest
 from jaxmerge.compression import predicted_bits
 
 B32 = (113_448_705, 87_849_216)
+B16 = (111_792_129, 86_192_640)
 L14 = (342_562_049, 303_966_208)
 
 
@@ -14,13 +15,16 @@ L14 = (342_562_049, 303_966_208)
         (B32, 8, 23.31, 7.14),
         (B32, 14, 40.18, 7.67),
         (B32, 20, 57.04, 8.20),
+        (B16, 8, 22.88, 7.03),
+        (B16, 14, 39.43, 7.54),
+        (B16, 20, 55.98, 8.06),
         (L14, 8, 79.1, 23.1),
         (L14, 14, 137.4, 24.9),
         (L14, 20, 195.8, 26.8),
     ],
 )
 def test_gigabits_of_vision_transformers(model, tasks, individual, tall):
-    digits = 2 if model is B32 else 1
+    digits = 1 if model is L14 else 2
     assert (
         round(predicted_bits(*model, tasks, "individual") / 1e9, digits) == individual
     )
@@ -46,6 +50,16 @@ def test_a_store_pays_from_three_tasks_on():
 def test_quantised_task_vectors():
     assert predicted_bits(10, 8, 3, "bitdelta") == 320 + 24
     assert predicted_bits(10, 8, 3, "tvq", bits=2) == 320 + 48
+    assert predicted_bits(10, 8, 3, "tvq") == 320 + 96
+
+
+@pytest.mark.parametrize(("tasks", "per_task"), [(8, 2.375), (20, 2.15)])
+def test_residual_quantisation_with_three_and_two_bits(tasks, per_task):
+    trained = B32[1]
+    bits = predicted_bits(*B32, tasks, "rtvq") - predicted_bits(*B32, tasks, "merged")
+    assert bits == per_task * tasks * trained
+    same = predicted_bits(*B32, tasks, "rtvq", bits=2, shared_bits=3)
+    assert same == predicted_bits(*B32, tasks, "rtvq")
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,9 @@ def test_a_store_from_end_to_end(runs, capsys):
     printed = capsys.readouterr().out
     for task in ("math", "code", "law"):
         assert re.search(rf"\n +{task} +2 +\S+ (bytes|kB)", printed)
-    assert "Kind: tall (threshold 0.3, multi_task task_arithmetic)" in printed
+    assert (
+        "Kind: tall (threshold 0.3, multi_task task_arithmetic, scope leaf)" in printed
+    )
     assert "3 tasks in" in printed
     assert main(["store", "extract", "all", "code", "out"]) == 0
     assert capsys.readouterr().out.endswith("Wrote out.\n")
@@ -53,13 +55,23 @@ def test_a_store_from_end_to_end(runs, capsys):
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [("emr", []), ("tsv", ["--rank", "3"]), ("tvq", ["--bits", "3"]), ("bitdelta", [])],
+    [
+        ("tall", ["--multi-task", "ties", "--scope", "model"]),
+        ("emr", []),
+        ("tsv", ["--rank", "3"]),
+        ("tvq", ["--bits", "3"]),
+        ("rtvq", ["--bits", "1", "--shared-bits", "4"]),
+        ("bitdelta", []),
+    ],
 )
 def test_kinds(runs, capsys, kind, options):
     words = ["store", "create", "base", "math", "law", "--as", kind, *options]
     assert main([*words, "--out", "few"]) == 0
     store = open_store("few")
     assert (store.kind, store.tasks) == (kind, ["law", "math"])
+    chosen = store.files.document["options"]
+    for flag, value in zip(options[::2], options[1::2], strict=True):
+        assert str(chosen[flag.strip("-").replace("-", "_")]) == value
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """The main job, from training to tables, with some of the methods."""
 
 import json
+import math
 
 import numpy as np
 import pytest
 import yaml
 
+import jaxmerge
+from jaxmerge.compression import open_store, predicted_bits
 from jaxmerge.demo import merges, run, storing, training
 from jaxmerge.registry import methods
 
@@ -81,13 +84,29 @@ def test_models_rebuilt_from_stores_are_nearly_as_good(out):
         rows[name] = float(share), float(size)
     assert set(rows) == {*storing.KINDS, "individual"}
     assert rows["tall"][0] > 97
-    assert rows["tall, ties"][0] > 98
+    # With the paper's TIES and thresholds; other processors train other models.
+    assert rows["tall, ties"][0] > 98.5
     assert rows["tvq"][0] > 99
+    assert rows["rtvq"][0] > 97
     assert all(
         size < 0.45 * rows["individual"][1]
         for name, (_, size) in rows.items()
         if name != "individual"
     )
+
+
+def test_stores_of_trained_models_are_as_large_as_predicted(out):
+    (trained,) = (out / "trained").iterdir()
+    leaves = jaxmerge.open_checkpoint(trained / "start").leaves.values()
+    entries = sum(math.prod(leaf.shape) for leaf in leaves)
+    for kind in ("tall", "emr"):
+        size = open_store(out / "stores" / kind).sizes().store
+        bits = predicted_bits(entries, entries, 6, kind)
+        assert size == pytest.approx(bits / 8, rel=0.02)
+
+
+def test_consensus_is_better_than_what_it_was_taken_of(table):
+    assert table.mean("consensus") > table.mean("task_arithmetic")
 
 
 def test_a_second_run_trains_nothing_and_gives_the_same_table(out, table, monkeypatch):
