@@ -12,9 +12,9 @@ import jaxmerge
 def checkpoints(place: Path, hidden: int, layers: int, models: int) -> list[Path]:
     """Directories in Hugging Face layout, the base first; made unless they are there.
 
-    Weights are normal with a deviation of 0.02, task vectors with one of 0.001, both
-    the same in every run, and stored in bfloat16. With 1024 for `hidden`, 12 layers
-    are 220 million parameters.
+    Weights are normal with a deviation of 0.02, task vectors with one of 0.001, half of
+    whose variance they share. They are the same in every run, and stored in bfloat16.
+    With 1024 for `hidden`, 12 layers are 220 million parameters.
     """
     family = place / f"llama-{hidden}x{layers}"
     family.mkdir(parents=True, exist_ok=True)
@@ -32,14 +32,15 @@ def checkpoints(place: Path, hidden: int, layers: int, models: int) -> list[Path
 
 
 def _leaf(shape: tuple[int, ...], leaf: int, model: int) -> np.ndarray:
-    def normal(deviation: float, model: int) -> np.ndarray:
-        rng = np.random.default_rng([leaf, model])
+    def normal(deviation: float, stream: int) -> np.ndarray:
+        rng = np.random.default_rng([leaf, stream])
         return np.float32(deviation) * rng.standard_normal(shape, np.float32)
 
     base = normal(0.02, 0).astype(ml_dtypes.bfloat16)
     if model == 0:
         return base
-    return (base.astype(np.float32) + normal(0.001, model)).astype(ml_dtypes.bfloat16)
+    moved = base.astype(np.float32) + normal(0.0007, 1) + normal(0.0007, 1 + model)
+    return moved.astype(ml_dtypes.bfloat16)
 
 
 def _config(hidden: int, layers: int) -> dict:
