@@ -69,8 +69,8 @@ def sums_apart(parts: Sequence[Array], axes: tuple[int, ...]) -> Sequence[Array]
 def sums_together(parts: Sequence[Array], axes: tuple[int, ...]) -> Sequence[Array]:
     """Sums several arrays in one reduction, which is made for CPUs.
 
-    There, XLA writes the operand of each lone sum to memory, which takes five times as
-    long. On a mesh, what each device has summed is gathered instead of all-reduced.
+    There, XLA writes what a lone sum of integers adds up to memory, which takes five
+    times as long. On a mesh, what each device has summed is gathered, not all-reduced.
     """
     zeros = tuple(np.zeros((), part.dtype) for part in parts)
     return jax.lax.reduce(tuple(parts), zeros, _add, axes)
