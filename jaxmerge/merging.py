@@ -230,7 +230,7 @@ def _identity(plan: Plan, mesh: Mesh | None) -> dict[str, Any]:
 
 def _hash(plan: Plan, writer: LeafWriter) -> _Digests:
     """The SHA-256 of all files of inputs by path: this process's share of them."""
-    stored = {str(each.path): each for each in plan.stored()}
+    stored = {str(each.path.resolve()): each for each in plan.stored()}
     share = list(stored)[jax.process_index() :: jax.process_count()]
     digests = {path: stored[path].digest() for path in share}
     if _INPUTS not in writer.done:

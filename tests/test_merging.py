@@ -137,7 +137,7 @@ def test_report(runs, trees):
     content = (runs / "code/model.safetensors").read_bytes()
     assert list(part["models"]) == list(NAMES)
     assert part["models"]["code"] == str((runs / "code").resolve())
-    assert report["sha256"][str(runs / "code")] == {
+    assert report["sha256"][str((runs / "code").resolve())] == {
         "model.safetensors": hashlib.sha256(content).hexdigest()
     }
     assert report["totals"]["treatments"] == {
