@@ -115,7 +115,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _merge(arguments: argparse.Namespace) -> None:
-    from jaxmerge.merging import merge_checkpoints
     from jaxmerge.recipe_files import load_recipe, recipe_of_report
 
     if (arguments.recipe is None) == (arguments.from_report is None):
@@ -126,6 +125,10 @@ def _merge(arguments: argparse.Namespace) -> None:
         recipe = load_recipe(arguments.recipe)
     else:
         recipe, sha256 = recipe_of_report(arguments.from_report)
+
+    # What is wrong with a recipe is said before the rest is loaded.
+    from jaxmerge.merging import merge_checkpoints
+
     meshes.join_hosts(arguments)
     meshes.keep_compiled_code()
     with show_progress() as progress:
