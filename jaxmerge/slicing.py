@@ -14,10 +14,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.extend.random import threefry2x32_p
 
 from jaxmerge.jaxprs import CALLS, called, is_literal
 
@@ -307,7 +305,8 @@ def _rule(
     whole = [i for i in step.operands if i not in by_rows]
     aligned = frozenset(i for i in whole if avals[i].shape[:1] == (rows,))
     if name == "random_bits":
-        return _random_rule(params, shapes, avals[step.operands[0]], aligned)
+        # Where every row has a key, draws of rows are rows of all draws.
+        return _Rule(_same, aligned) if aligned else None
     if name == "iota":
         return _Rule(_iota, frozenset())
     if len(whole) == len(step.operands):
@@ -321,6 +320,8 @@ def _rule(
         return _Rule(_to_shape("new_sizes"), frozenset())
     if name in _AXES_OF and 0 not in _AXES_OF[name](params):
         return _Rule(_same, aligned)
+    if name == "slice" and not params["start_indices"][0] and not params["strides"]:
+        return _Rule(_cut, frozenset())
     if name == "transpose" and params["permutation"][0] == 0:
         return _Rule(_same, frozenset())
     return None
@@ -335,7 +336,8 @@ _ENTRYWISE = frozenset({
     "min", "mul", "ne", "neg", "nextafter", "not", "optimization_barrier", "or",
     "population_count", "pow", "reduce_precision", "rem", "round", "rsqrt", "select_n",
     "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin",
-    "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor",
+    "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "threefry2x32",
+    "xor",
 })
 _REDUCTIONS = (
     "argmax", "argmin", "reduce_and", "reduce_max", "reduce_min", "reduce_or",
@@ -349,6 +351,7 @@ _AXES_OF: Mapping[str, Callable[[Mapping[str, Any]], Sequence[int]]] = {
     **dict.fromkeys(_CUMULATIVE, lambda params: (params["axis"],)),
     "concatenate": lambda params: (params["dimension"],),
     "sort": lambda params: (params["dimension"],),
+    "stack": lambda params: (params["axis"],),
     "squeeze": lambda params: params["dimensions"],
 }
 """Along which axes a primitive does something; it leaves the others alone."""
@@ -370,38 +373,16 @@ def _to_shape(name: str) -> Callable[..., None]:
     return run
 
 
+def _cut(
+    step: _Step, values: dict[int, Any], operands: Sequence[Any], start: Any, count: int
+) -> None:
+    ends = (count, *step.eqn.params["limit_indices"][1:])
+    step.run(values, operands, limit_indices=ends)
+
+
 def _iota(
     step: _Step, values: dict[int, Any], operands: Sequence[Any], start: Any, count: int
 ) -> None:
     _to_shape("shape")(step, values, operands, start, count)
     if step.eqn.params["dimension"] == 0:
         values[step.results[0]] += start.astype(step.eqn.params["dtype"])
-
-
-def _random_rule(
-    params: Mapping[str, Any], shapes: Sequence[Any], key: Any, aligned: frozenset[int]
-) -> _Rule | None:
-    """Draws of a slice are the slice of all draws.
-
-    Where every row has a key, that is so anyway. Draws from one key are a function of
-    it and of their position alone, if JAX is set to (as it is by default) and draws
-    32 bits with Threefry; other draws are whole.
-    """
-    if shapes[0]:
-        return _Rule(_same, aligned) if aligned else None
-    counted = jax.config.jax_threefry_partitionable  # type: ignore
-    counted = counted and params["bit_width"] == 32
-    if not counted or "fry" not in str(key.dtype) or np.prod(params["shape"]) >= 2**32:
-        return None
-    return _Rule(_draw, frozenset())
-
-
-def _draw(
-    step: _Step, values: dict[int, Any], operands: Sequence[Any], start: Any, count: int
-) -> None:
-    shape = (count, *step.eqn.params["shape"][1:])
-    size, row = int(np.prod(shape)), int(np.prod(shape[1:]))
-    position = start * np.uint32(row) + jnp.arange(size, dtype=jnp.uint32)
-    first, second = jax.random.key_data(operands[0])
-    bits = threefry2x32_p.bind(first, second, jnp.zeros_like(position), position)
-    values[step.results[0]] = (bits[0] ^ bits[1]).reshape(shape)

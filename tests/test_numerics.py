@@ -18,6 +18,7 @@ from jaxmerge.numerics import (
     kth_largest,
     kth_magnitude,
     norm,
+    random_words,
     safe_divide,
 )
 
@@ -255,3 +256,29 @@ def test_norm_neither_overflows_nor_vanishes(scale):
 def test_norm_of_nothing_and_of_zeros_is_zero():
     assert float(norm(jnp.zeros(3))) == 0
     assert float(norm(jnp.zeros((0,)))) == 0
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (300, 7), (40, 8, 9)])
+def test_random_words_are_uniform_and_independent(key, shape):
+    words = np.asarray(random_words(key, shape))
+    assert words.shape == shape
+    assert words.dtype == np.uint16
+    np.testing.assert_array_equal(words, random_words(key, shape))
+    if words.size < 1000:
+        return
+    # Five standard errors of a mean, and of a correlation, of that many.
+    error = 5 / np.sqrt(words.size)
+    centred = words / 2.0**16 - 0.5
+    assert abs(centred.mean()) < error / np.sqrt(12)
+    for axis in range(words.ndim):
+        pairs = np.delete(centred, 0, axis) * np.delete(centred, -1, axis)
+        assert abs(12 * pairs.mean()) < 1.2 * error
+    bits = np.unpackbits(words.reshape(-1, 1).view(np.uint8), axis=1)
+    assert np.all(np.abs(bits.mean(axis=0) - 0.5) < error / 2)
+
+
+def test_random_words_of_other_generators():
+    key = jax.random.key(0, impl="rbg")
+    np.testing.assert_array_equal(
+        random_words(key, (3, 5)), jax.random.bits(key, (3, 5), jnp.uint16)
+    )

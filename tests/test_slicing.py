@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmerge.numerics import Count, kth_magnitude
+from jaxmerge.numerics import Count, kth_magnitude, random_words
 from jaxmerge.slicing import Sliced
 
 ROWS = 12
@@ -80,29 +80,22 @@ def test_several_leaves_and_what_is_not_sliced():
     np.testing.assert_allclose(total, expected_total, rtol=1e-6)
 
 
-@pytest.mark.parametrize("keyed_by", ["leaf", "row"])
-def test_draws_of_rows_are_rows_of_all_draws(keyed_by):
-    def function(x, key):
-        if keyed_by == "row":
-            keys = jax.random.split(key, ROWS)
-            return jax.vmap(lambda k, row: row + jax.random.uniform(k, row.shape))(
-                keys, x
-            )
-        return x * (jax.random.uniform(key, x.shape) < 0.5)
+def test_draws_of_rows_are_rows_of_all_draws():
+    def by_leaf(x, key):
+        return x * random_words(key, x.shape)
+
+    def by_row(x, key):
+        keys = jax.random.split(key, ROWS)
+        return jax.vmap(lambda key, row: row * random_words(key, row.shape))(keys, x)
+
+    def at_once(x, key):
+        return x * jax.random.bits(key, x.shape, jnp.uint16)
 
     arguments = leaf(), jax.random.key(3)
-    (result,), most = by_rows(function, *arguments, sliced=[True, False])
-    np.testing.assert_array_equal(result, function(*arguments))
-    assert most == 5
-
-
-def test_draws_that_cannot_be_cut_are_made_at_once():
-    def function(x, key):
-        return x + jax.random.bits(key, x.shape, jnp.uint16).astype(x.dtype)
-
-    arguments = leaf(), jax.random.key(3)
-    (result,), _ = by_rows(function, *arguments, sliced=[True, False])
-    np.testing.assert_array_equal(result, function(*arguments))
+    for function in (by_leaf, by_row, at_once):
+        (result,), most = by_rows(function, *arguments, sliced=[True, False])
+        np.testing.assert_array_equal(result, function(*arguments))
+        assert most == 5
 
 
 def test_vectors():

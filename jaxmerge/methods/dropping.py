@@ -8,7 +8,6 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -24,6 +23,7 @@ from jaxmerge.methods.election import (
     match_l1,
     merge_thinned,
 )
+from jaxmerge.numerics import random_words
 from jaxmerge.options import (
     Leaf,
     PerLeaf,
@@ -146,10 +146,15 @@ def _dare(
 
 
 def drop(key: Array, delta: Array, keep: Array | float, rescale: Rescale) -> Array:
-    """Keeps each entry with probability `keep`, a scalar or one per entry."""
-    kept = jnp.where(jax.random.uniform(key, delta.shape, jnp.float32) < keep, delta, 0)
+    """Keeps each entry with probability `keep`, a scalar or one per entry.
+
+    Probabilities are rounded up to multiples of 2**-16.
+    """
+    count = jnp.ceil(jnp.asarray(keep, jnp.float32) * 2**16)
+    chosen = random_words(key, delta.shape).astype(jnp.float32) < count
+    kept = jnp.where(chosen, delta, 0)
     if rescale == "inverse":
-        return kept / keep
+        return kept * (2**16 / count)
     return match_l1(kept, delta) if rescale == "l1" else kept
 
 
