@@ -320,6 +320,8 @@ def _rule(
         return _Rule(_to_shape("new_sizes"), frozenset())
     if name in _AXES_OF and 0 not in _AXES_OF[name](params):
         return _Rule(_same, aligned)
+    if name in _LOOKUPS and _looks_up_rows(params["dimension_numbers"]):
+        return _Rule(_same, aligned)
     if name == "slice" and not params["start_indices"][0] and not params["strides"]:
         return _Rule(_cut, frozenset())
     if name == "transpose" and params["permutation"][0] == 0:
@@ -355,6 +357,17 @@ _AXES_OF: Mapping[str, Callable[[Mapping[str, Any]], Sequence[int]]] = {
     "squeeze": lambda params: params["dimensions"],
 }
 """Along which axes a primitive does something; it leaves the others alone."""
+
+
+_LOOKUPS = ("gather", "scatter")
+
+
+def _looks_up_rows(numbers: Any) -> bool:
+    """Whether each row has indices of its own, of places in that row."""
+    indices = getattr(numbers, "start_indices_batching_dims", None)
+    if indices is None:
+        indices = numbers.scatter_indices_batching_dims
+    return numbers.operand_batching_dims[:1] == indices[:1] == (0,)
 
 
 def _same(

@@ -23,7 +23,7 @@ from jaxmerge.methods.election import (
     match_l1,
     merge_thinned,
 )
-from jaxmerge.numerics import random_words
+from jaxmerge.numerics import magnitude_bits, random_words
 from jaxmerge.options import (
     Leaf,
     PerLeaf,
@@ -319,4 +319,20 @@ def keep_probabilities(
 
 
 def _ranks(row: Array) -> Array:
-    return jnp.argsort(jnp.argsort(row, stable=True))
+    """The place of each entry of (1, size) magnitudes in their order.
+
+    XLA sorts plain integers ten times as fast as keys with values, at least on CPUs, so
+    two sorts each order by half of the bits, with the place before in the other half.
+    """
+    bits, size = magnitude_bits(row)[0], row.shape[-1]
+    if bits.dtype != jnp.uint32 or size > 2**16:
+        return jnp.argsort(jnp.argsort(row, stable=True))
+    places = jnp.arange(size, dtype=jnp.uint32)
+
+    def order(half: Array) -> Array:
+        return jnp.sort((half << 16) | places) & 0xFFFF
+
+    by_low = order(bits & 0xFFFF)
+    sorted_places = by_low[order((bits >> 16)[by_low])]
+    ranks = jnp.zeros_like(places).at[sorted_places].set(places, unique_indices=True)
+    return ranks[None].astype(jnp.int32)
