@@ -132,9 +132,9 @@ class Deferred:
 
     @property
     def cost(self) -> int:
-        """That of its arguments, and each of them and the result in float32."""
+        """That of its arguments, and three arrays in float32 on the way from each."""
         entries = max(math.prod(leaf.shape) for leaf in self._lazy)
-        return sum(x.cost for x in self._lazy) + 4 * entries * (len(self._lazy) + 1)
+        return sum(x.cost for x in self._lazy) + 12 * entries * (len(self._lazy) + 1)
 
     def read(self) -> Any:
         return jax.tree.leaves(self._run(*load(self._arguments)))[self._index]

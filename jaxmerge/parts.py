@@ -16,7 +16,14 @@ from jaxmerge.planning import Part
 from jaxmerge.recipe_syntax import MergeError
 from jaxmerge.reports import sum_of_squares
 from jaxmerge.sharding import shardings, spread_evenly
-from jaxmerge.streaming import StoredLeaf, all_finite, computed, own_parts, precision
+from jaxmerge.streaming import (
+    StoredLeaf,
+    all_finite,
+    blocks,
+    computed,
+    own_parts,
+    precision,
+)
 from jaxmerge.tree import is_float
 
 Rules = Mapping[str, PartitionSpec]
@@ -102,9 +109,15 @@ class PartMerge:
         if name in self._merged:
             yield from computed(self._merged[name], self._wide)
             return
-        step = self.part.steps[name]
-        for index in own_parts(step.out.shape, self._placed.get(name)):
-            yield index, step.source.read(name, index)
+        source = self.part.steps[name].source
+        for index in self._blocks(name, source):
+            yield index, source.read(name, index)
+
+    def _blocks(self, name: str, checkpoint: Checkpoint) -> Iterator[Index]:
+        """What this process reads of a leaf, cut into parts of bounded size."""
+        shape, dtype = checkpoint.leaves[name]
+        for part in own_parts(shape, self._placed.get(name)):
+            yield from blocks(shape, part, dtype.itemsize)
 
     def _call(self, base: Any, models: list[Any]) -> dict[str, Any]:
         recipe = self.part.recipe
@@ -181,7 +194,7 @@ class PartMerge:
         step = self.part.steps[name]
         everyone = list(self.part.inputs.labelled.values())
         for checkpoint in everyone if step.treatment == "merged" else [step.source]:
-            for index in own_parts(step.out.shape, self._placed.get(name)):
+            for index in self._blocks(name, checkpoint):
                 self._check_finite(name, checkpoint.read(name, index))
 
     def _check_finite(self, name: str, array: np.ndarray) -> None:

@@ -6,6 +6,7 @@ computes. JAX uses all cores for one computation, so there is one at a time.
 """
 
 import contextlib
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -24,6 +25,7 @@ WORKERS = 3
 """Threads: one computes, one reads, one writes."""
 
 _BLOCK = 1 << 16  # Entries that are looked at together: small enough for the cache.
+_BLOCK_BYTES = 1 << 24  # What is read at a time of leaves that are copied or checked.
 _computing = threading.Lock()
 
 
@@ -118,6 +120,18 @@ def own_parts(shape: tuple[int, ...], sharding: NamedSharding | None) -> list[In
     return [index for device, index in first.values() if device.process_index == here]
 
 
+def blocks(shape: tuple[int, ...], index: Index, itemsize: int) -> Iterator[Index]:
+    """Cuts a part of an array into parts of some rows, small enough to copy."""
+    if not shape:
+        yield index
+        return
+    rest = () if index is ... else index[1:]
+    start, stop, _ = (slice(None) if index is ... else index[0]).indices(shape[0])
+    step = max(1, _BLOCK_BYTES // max(1, itemsize * math.prod(shape[1:])))
+    for first in range(start, stop, step):
+        yield slice(first, min(first + step, stop)), *rest
+
+
 def precision(wide: bool) -> contextlib.AbstractContextManager[Any]:
     """Switches float64 on, which JAX has off, if leaves need it."""
     return jax.enable_x64(True) if wide else contextlib.nullcontext()
@@ -125,6 +139,8 @@ def precision(wide: bool) -> contextlib.AbstractContextManager[Any]:
 
 def all_finite(array: np.ndarray) -> bool:
     """Whether floating-point numbers hold no NaN and no infinity."""
+    if array.dtype.itemsize == 1:  # Not all of these know infinity.
+        array = array.astype(np.float32)
     kind = f"uint{8 * array.dtype.itemsize}"
     # NaN and infinity, and nothing else, have all bits of the exponent set.
     exponent = np.asarray(np.inf, array.dtype).view(kind)

@@ -306,7 +306,9 @@ def _fuse(deltas: Sequence[Array], *, density: Array, mask_values: bool) -> Arra
 
 def _most_varying(deltas: Sequence[Array], density: Array) -> Array:
     # From the first on, so that equal entries have no variance, not even by rounding.
-    variance = jnp.var(jnp.stack([delta - deltas[0] for delta in deltas]), axis=0)
+    moved = [delta - deltas[0] for delta in deltas]
+    mean: Array = sum(moved) / len(moved)  # type: ignore
+    variance: Array = sum(jnp.square(x - mean) for x in moved) / len(moved)  # type: ignore
     keep = count(variance > 0).share(density, least=1)
     largest = (variance >= kth_magnitude(variance, keep)) & (variance > 0)
     return largest | (density >= 1)
