@@ -17,6 +17,7 @@ from jaxmerge.recipe_syntax import MergeError
 from jaxmerge.reports import sum_of_squares
 from jaxmerge.sharding import shardings, spread_evenly
 from jaxmerge.streaming import (
+    WORKERS,
     StoredLeaf,
     all_finite,
     blocks,
@@ -137,8 +138,8 @@ class PartMerge:
             if checkpoint is like and dtype != out:
                 # The result has the dtype of this leaf and must not be rounded twice.
                 dtype = np.promote_types(dtype, np.float32)
-            # While one leaf is computed, another may wait to be written.
-            memory, placed = self._memory // 2, self._placed.get(name)
+            # While one leaf is computed, others are checked or wait to be written.
+            memory, placed = self._memory // WORKERS, self._placed.get(name)
             return StoredLeaf(checkpoint, name, memory, dtype, placed)
 
         def leaves(checkpoint: Checkpoint) -> dict[str, StoredLeaf]:
