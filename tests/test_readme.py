@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import jax
@@ -39,6 +40,9 @@ def checkpoints(tmp_path, monkeypatch):
         }
         jaxmerge.save(f"checkpoints/{name}", params)
     jaxmerge.save("llama", {"mlp.weight": np.float32(draw((4, 4)))})
+    layer = "model.layers.{}.self_attn.q_proj.weight"
+    layers = {layer.format(i): np.float32(draw((4, 4))) for i in range(2)}
+    jaxmerge.save("llama-hf", layers)
     for task in ("math", "code"):
         path = Path(f"llama-{task}-lora")
         path.mkdir()
@@ -89,17 +93,19 @@ def test_recipe_and_commands_run(checkpoints, capsys):
     (recipe,) = blocks("yaml")
     Path("recipe.yaml").write_text(recipe)
     commands = [
-        line.split("#")[0].split()[1:]
+        shlex.split(line, comments=True)[1:]
         for block in blocks("")
         for line in block.splitlines()
         if line.startswith("jaxmerge ")
     ]
-    assert len(commands) == 7
+    assert len(commands) == 9
     for command in commands:
         assert main(command) == 0, command
     assert jaxmerge.load("out")["mlp"]["kernel"].shape == (4, 4)
     merged = jaxmerge.load("merged")
     assert merged["mlp"]["kernel"].dtype == "bfloat16"
+    first, back = (jaxmerge.load(name) for name in ("llama-hf", "back"))
+    jax.tree.map(np.testing.assert_array_equal, back, first)
     assert "mlp/kernel" in capsys.readouterr().out
 
 
