@@ -87,7 +87,7 @@ def slices(leaf: Any) -> Iterator[tuple[int, Any]]:
     if not is_lazy(leaf):
         yield 0, leaf
         return
-    if _comes_whole(leaf, leaf.shape):
+    if comes_whole(leaf, leaf.shape):
         yield 0, leaf.read()
         return
     read, step = leaf.reader(), max(1, leaf.memory * leaf.shape[0] // leaf.cost)
@@ -95,7 +95,7 @@ def slices(leaf: Any) -> Iterator[tuple[int, Any]]:
         yield start, read(start, min(start + step, leaf.shape[0]))
 
 
-def _comes_whole(leaf: LazyLeaf, shape: tuple[int, ...]) -> bool:
+def comes_whole(leaf: LazyLeaf, shape: tuple[int, ...]) -> bool:
     """Whether what a leaf is computed from, of this shape, is best read at once."""
     fits = leaf.cost <= leaf.memory or leaf.sharding is not None
     return fits or not shape or shape[0] == 1
@@ -124,7 +124,7 @@ class Deferred:
         index: int = 0,
     ):
         self.shape, self.dtype = tuple(like.shape), like.dtype
-        self._run, self._function, self._arguments = run, function, arguments
+        self.run, self._function, self.arguments = run, function, arguments
         self._key, self._index = key, index
         self._lazy = [x for x in jax.tree.leaves(arguments) if is_lazy(x)]
         self.memory = min(leaf.memory for leaf in self._lazy)
@@ -137,7 +137,7 @@ class Deferred:
         return sum(x.cost for x in self._lazy) + 12 * entries * (len(self._lazy) + 1)
 
     def read(self) -> Any:
-        return jax.tree.leaves(self._run(*load(self._arguments)))[self._index]
+        return jax.tree.leaves(self.run(*load(self.arguments)))[self._index]
 
     def reader(self) -> Reader:
         """What reads some rows, after it measured what they depend on."""
@@ -146,12 +146,19 @@ class Deferred:
 
     def all(self) -> list[Any]:
         """The values of all leaves of the result, which have no rows."""
-        if _comes_whole(self, self._lazy[0].shape):
-            return jax.tree.leaves(self._run(*load(self._arguments)))
+        if comes_whole(self, self._lazy[0].shape):
+            return jax.tree.leaves(self.run(*load(self.arguments)))
         return self._by_rows()
 
     def _by_rows(self) -> list[Any]:
-        leaves, structure = jax.tree.flatten(self._arguments)
+        sliced, rows = self.sliced()
+        leaves = jax.tree.leaves(self.arguments)
+        given = [leaf.reader() if is_lazy(leaf) else leaf for leaf in leaves]
+        return sliced(given, rows)
+
+    def sliced(self) -> tuple[Sliced, int]:
+        """The function as it is computed by rows, and how many rows at a time."""
+        leaves, structure = jax.tree.flatten(self.arguments)
         examples = as_shapes(leaves)
         task = _Task(
             self._key,
@@ -161,9 +168,8 @@ class Deferred:
             function=self._function,
             examples=examples,
         )
-        given = [leaf.reader() if is_lazy(leaf) else leaf for leaf in leaves]
         rows = max(1, self.memory * self._lazy[0].shape[0] // self.cost)
-        return _sliced(task)(given, rows)
+        return _sliced(task), rows
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

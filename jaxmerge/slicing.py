@@ -10,7 +10,7 @@ not have to know of it.
 
 import functools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -75,6 +75,47 @@ class Sliced:
             for i in self._program.outs
         ]
 
+    def pieces(self, leaves: Sequence[Any], rows: int) -> Iterator["Piece"]:
+        """What a call runs, from shapes alone: to know its costs before.
+
+        Args:
+            leaves: the shapes of the leaves of the arguments.
+            rows: as in a call.
+        """
+        inputs = dict(zip(self._program.inputs, leaves, strict=True))
+        numbers = {value: i for i, value in enumerate(inputs)}
+        whole = dict.fromkeys(self._program.constants)  # Those in memory.
+
+        def shape_of(value: int) -> Any:
+            if value in self._program.constants:
+                return self._program.constants[value]
+            return inputs.get(value, self._program.avals[value])
+
+        def by_rows(value: int) -> Piece:
+            run, cut, others = self._by_rows(value)
+            parts = [
+                jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype)
+                for x in (self._program.avals[i] for i in cut)
+            ]
+            arguments = parts, [shape_of(i) for i in others], np.uint32(0)
+            return Piece(run, arguments, kept(), [numbers[i] for i in cut])
+
+        def kept() -> int:
+            return sum(_nbytes(self._program.avals[i]) for i in whole)
+
+        for stage in self._plan.stages:
+            for value in stage.gathered:
+                whole[value] = None
+                yield by_rows(value)
+            arguments = ([shape_of(i) for i in stage.operands],)
+            yield Piece(self._settle(stage), arguments, kept(), None)
+            whole |= dict.fromkeys(stage.results)
+            for value in stage.gathered:
+                del whole[value]
+        for value in self._program.outs:
+            if value in self._plan.makers:
+                yield by_rows(value)
+
     def _settle(self, stage: "_Stage") -> Any:
         """The compiled steps of a stage."""
         if id(stage) not in self._compiled:
@@ -112,6 +153,28 @@ class Sliced:
 
             self._compiled[value] = jax.jit(run), cut, others
         return self._compiled[value]
+
+
+class Piece(NamedTuple):
+    """A computation that a call falls into.
+
+    Attributes:
+        run: the compiled function.
+        arguments: what it is called with, or the shapes of that.
+        kept: how many bytes of whole arrays are in memory at that time, without inputs.
+        cut: the leaves that rows are read of, each once; None if it runs only once, on
+            whole arrays.
+    """
+
+    run: Any
+    arguments: tuple[Any, ...]
+    kept: int
+    cut: list[int] | None
+
+
+def _nbytes(aval: Any) -> int:
+    itemsize = np.dtype(aval.dtype).itemsize if hasattr(aval.dtype, "kind") else 8
+    return math.prod(aval.shape) * itemsize
 
 
 def _gather(aval: Any, read: Reader, rows: int) -> Array:

@@ -51,7 +51,7 @@ class StoredLeaf:
         info = checkpoint.leaves[name]
         self.shape, self.dtype, self.memory = info.shape, dtype, memory
         self.sharding = sharding
-        self.cost = info.entries * dtype.itemsize
+        self.cost, self.nbytes = info.entries * dtype.itemsize, info.nbytes
         self._checkpoint, self._name = checkpoint, name
 
     def read(self) -> Any:
