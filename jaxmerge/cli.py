@@ -1,4 +1,4 @@
-"""The command line: `jaxmerge merge`, `methods`, `convert`, `store` and others."""
+"""The command line: `jaxmerge merge`, `plan`, `convert`, `store` and others."""
 
 import argparse
 import csv
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxmerge import convert_cli, meshes, store_cli
+from jaxmerge import convert_cli, meshes, plan_cli, store_cli
 from jaxmerge.console import (
     CommandError,
     parse_size,
@@ -91,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     merge.set_defaults(usage=merge.error)
     meshes.add_to(merge)
+
+    plan_cli.add_to(commands)
 
     methods = add("methods", _methods, "List the merge methods, or describe one")
     methods.add_argument("name", metavar="NAME", nargs="?")

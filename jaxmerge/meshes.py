@@ -61,7 +61,7 @@ def mesh_of(arguments: argparse.Namespace) -> "Mesh | None":
         return None
     import jax
 
-    axes = dict(_axis(text) for text in arguments.mesh.split(","))
+    axes = axes_of(arguments.mesh)
     needed, there = math.prod(axes.values()), jax.device_count()
     if needed != there:
         raise CommandError(
@@ -71,6 +71,11 @@ def mesh_of(arguments: argparse.Namespace) -> "Mesh | None":
         )
     types = (jax.sharding.AxisType.Auto,) * len(axes)
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types)
+
+
+def axes_of(mesh: str) -> dict[str, int]:
+    """The axes of a mesh, such as `data=2,model=4`."""
+    return dict(_axis(text) for text in mesh.split(","))
 
 
 def _axis(text: str) -> tuple[str, int]:

@@ -1,0 +1,561 @@
+"""What a merge of checkpoints will do, from their headers alone, before any work.
+
+The plan asks the same lazy leaves that a merge computes: which come whole, which by
+rows, in which pieces. Only the last step, the values, is left out.
+"""
+
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import AbstractMesh, NamedSharding
+
+from jaxmerge import merging
+from jaxmerge.checkpoints import Checkpoint, CheckpointError, open_checkpoint
+from jaxmerge.costs import Operations, count_operations, footprint
+from jaxmerge.lazy import Deferred, Whole, as_shapes, comes_whole, is_lazy
+from jaxmerge.machines import MACHINES, Machine
+from jaxmerge.matrixwise import plan_matrices
+from jaxmerge.planning import Inputs, MergeError, Part, Step, plan_leaves
+from jaxmerge.recipes import Recipe
+from jaxmerge.sharding import spread_evenly
+from jaxmerge.streaming import WORKERS, StoredLeaf, precision
+from jaxmerge.tree import first_match, is_float
+
+
+class LeafCost(NamedTuple):
+    """What one leaf costs, all devices together.
+
+    Attributes:
+        read: bytes of values that are read from inputs, in all passes.
+        written: bytes of values that are written.
+        operations: its arithmetic.
+        traffic: bytes between a device and its memory.
+        working: bytes in memory while it is computed, beside the inputs.
+        held: those of the result, which another leaf may be computed beside.
+        inputs: bytes of inputs that are in memory while it is computed.
+        slices: how many times rows of it are computed; 1 if it comes whole, 0 if it is
+            not computed at all.
+    """
+
+    read: int
+    written: int
+    operations: Operations = Operations()
+    traffic: float = 0
+    working: int = 0
+    held: int = 0
+    inputs: int = 0
+    slices: int = 0
+
+
+class LeafGroup(NamedTuple):
+    """Leaves that are treated alike.
+
+    Attributes:
+        name: what they are called, with `*` for numbers that differ.
+        names: of each of them.
+        shape: of each of them.
+        dtypes: of base and models, and the one that is written; None if none is.
+        treatment: as in the report of a merge.
+        options: all options of the method, rules applied.
+        cost: of one of them.
+        share: how much of its arithmetic, and of what is in memory for it, falls to the
+            busiest device.
+        sent: bytes that a device sends to others for one of them.
+    """
+
+    name: str
+    names: list[str]
+    shape: tuple[int, ...]
+    dtypes: tuple[tuple[str, ...], str | None]
+    treatment: str
+    options: dict[str, Any]
+    cost: LeafCost
+    share: float
+    sent: float
+
+
+class Seconds(NamedTuple):
+    """An estimate of how long the parts of a merge take; they overlap."""
+
+    read: float
+    hash: float
+    compute: float
+    send: float
+    write: float
+
+
+class Totals(NamedTuple):
+    """All leaves together.
+
+    Attributes:
+        inputs: bytes of values in all inputs, each of which is read and hashed.
+        read: bytes of values that are read from them, in all passes, by all hosts.
+        written: bytes of values that are written, by all hosts.
+        operations: all arithmetic.
+        sent: bytes that a device sends to others.
+        process: bytes of memory that a process takes without values, as this one did;
+            0 where the system does not tell.
+        host: bytes of values in the memory of a process at a time, without what the
+            system keeps of files. On a CPU that is where devices have theirs.
+        device: bytes of values in the memory of the busiest device at a time.
+        seconds: by part.
+    """
+
+    inputs: int
+    read: int
+    written: int
+    operations: Operations
+    sent: float
+    process: int
+    host: int
+    device: int
+    seconds: Seconds
+
+
+class MergePlan(NamedTuple):
+    """What a merge will do.
+
+    Attributes:
+        method: its name.
+        models: how many.
+        devices: over how many each leaf is spread.
+        hosts: in how many processes.
+        groups: the leaves.
+        totals: of all of them.
+    """
+
+    method: str
+    models: int
+    devices: int
+    hosts: int
+    groups: list[LeafGroup]
+    totals: Totals
+
+
+def plan_merge(
+    recipe: Recipe,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    memory: int = merging.MEMORY,
+    mesh: Mapping[str, int] | None = None,
+    hosts: int = 1,
+    machine: Machine = MACHINES["cpu"],
+) -> MergePlan:
+    """Plans a merge from the headers of its inputs; no value is read.
+
+    Every program that the merge will run is compiled, for one device of the kind that
+    is here, to see what memory it needs. On a mesh, each leaf is spread evenly over all
+    devices and comes whole. Leaves that are ranked together (`scope: model`) are
+    planned as if each were ranked alone, with the barriers that this has.
+
+    Args:
+        recipe: what to merge, and how.
+        out: the directory to create, to check it.
+        memory: as in `merge_checkpoints`; without effect on a mesh.
+        mesh: the number of devices by name of the axis.
+        hosts: over how many processes the devices are spread.
+        machine: how fast they are.
+
+    Raises:
+        MergeError: everything that would stop the merge, a paragraph each.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from jaxmerge import save
+        >>> runs = Path(tempfile.mkdtemp())
+        >>> for name in ("math", "code"):
+        ...     save(runs / name, {"w": np.ones((4, 8), np.float32)})
+        >>> recipe = Recipe("average", {"math": runs / "math", "code": runs / "code"})
+        >>> totals = plan_merge(recipe).totals
+        >>> totals.inputs, totals.written, totals.operations.flops
+        (256, 128, 96)
+    """
+    mesh = mesh or {}
+    devices = math.prod(mesh.values())
+    if hosts < 1 or devices < 1 or devices % hosts:
+        raise MergeError(
+            f"{devices} devices cannot be spread over {hosts} hosts; give a mesh whose "
+            "number of devices is a multiple of that of hosts."
+        )
+    part = _checked_part(recipe, out, memory)
+    limit = 2**62 if mesh else memory
+    before = anonymous_memory()
+    spread = AbstractMesh(tuple(mesh.values()), tuple(mesh))
+    groups = list(_groups(part, limit, spread))
+    totals = _totals(part, groups, devices, hosts, machine)
+    process = anonymous_memory()
+    if any(group.cost.slices > 1 for group in groups):
+        # A merge compiles what runs by rows once more, as the last slice is shorter.
+        process += max(0, process - before)
+    totals = totals._replace(process=process)
+    return MergePlan(recipe.method, len(recipe.models), devices, hosts, groups, totals)
+
+
+def _checked_part(
+    recipe: Recipe, out: str | os.PathLike[str] | None, memory: int
+) -> Part:
+    """What becomes of each leaf, after all that can be wrong was looked for."""
+    errors: list[str] = []
+    if out is not None and os.path.lexists(out):
+        errors.append(f"{out} exists already; remove it or choose another name.")
+    inputs = _open_inputs(recipe, errors)
+    if inputs is None:
+        raise MergeError("\n".join(errors))
+    try:
+        steps = plan_leaves(recipe, inputs)
+    except MergeError as error:
+        errors.append(str(error))
+        steps = _those_alike(inputs)
+    part = Part(recipe, inputs, steps)
+    if part.merged:
+        errors += _option_errors(part)
+        try:
+            merging.check_memory(part, memory)
+        except MergeError as error:
+            errors.append(str(error))
+    if out is not None:
+        errors += _space_errors(part, Path(out).absolute())
+    if errors:
+        raise MergeError("\n".join(errors))
+    return part
+
+
+def _open_inputs(recipe: Recipe, errors: list[str]) -> Inputs | None:
+    base, models = None, {}
+    for name, path in {None: recipe.base, **recipe.models}.items():
+        if path is None:
+            continue
+        try:
+            opened = open_checkpoint(path, base)
+        except (CheckpointError, OSError) as error:
+            errors.append(str(error))
+            continue
+        if name is None:
+            base = opened
+        else:
+            models[name] = opened
+    complete = len(models) == len(recipe.models)
+    complete &= base is not None or recipe.base is None
+    return Inputs(base, models) if complete else None
+
+
+def _those_alike(inputs: Inputs) -> dict[str, Step]:
+    """The leaves that could be merged if others did not stand in the way."""
+    checkpoints = list(inputs.labelled.values())
+    steps = {}
+    for name, info in inputs.like.leaves.items():
+        found = [each.leaves.get(name) for each in checkpoints]
+        alike = all(x and x.shape == info.shape and is_float(x) for x in found)
+        if alike and info.dtype.itemsize > 1:
+            steps[name] = Step("merged", inputs.like, info)
+    return steps
+
+
+def _option_errors(part: Part) -> list[str]:
+    """What the method says to all options together, and to each of them alone."""
+    options = part.recipe.options
+    required = [n for n, p in part.method.options.items() if p.required]
+    needed = {name: options[name] for name in required if name in options}
+    found: dict[str, None] = {}
+    for tried in [options, *(needed | {name: options[name]} for name in options)]:
+        call = part.method.bind(tried, part.recipe.seed, list(part.recipe.models))
+        base = None if part.inputs.base is None else part.shapes(part.inputs.base)
+        models = [part.shapes(model) for model in part.inputs.models.values()]
+        try:
+            with precision(merging.is_wide(part)):
+                jax.eval_shape(call, base, models)
+        except ValueError as error:
+            found[f"{part.recipe.source}: {error}"] = None
+        else:
+            if tried is options:
+                break
+    return list(found)
+
+
+def _space_errors(part: Part, out: Path) -> Iterator[str]:
+    needed = sum(info.nbytes for info in part.written.values())
+    place = next(parent for parent in out.parents if parent.exists())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        yield (
+            f"{out} needs {needed:,} bytes, but {place} has only {free:,} free. Make "
+            "room, choose another disk or a smaller dtype."
+        )
+
+
+# Leaves that are alike.
+
+
+def _groups(part: Part, memory: int, mesh: AbstractMesh) -> Iterator[LeafGroup]:
+    alike: dict[Any, list[str]] = {}
+    kinds = merging.kinds_of(part)
+    checkpoints = list(part.inputs.labelled.values())
+    for name, step in part.steps.items():
+        treatment = kinds.get(name, step.treatment)
+        options = _options_of(part, name) if step.treatment == "merged" else {}
+        sources = checkpoints if step.treatment == "merged" else [step.source]
+        dtypes = tuple(str(each.leaves[name].dtype) for each in sources)
+        out = None if step.treatment == "skipped" else str(step.out.dtype)
+        pattern = re.sub(r"\d+", "*", name)
+        key = pattern, step.out.shape, (dtypes, out), treatment, repr(options)
+        alike.setdefault(key, []).append(name)
+    wide = merging.is_wide(part)
+    lazy = _lazy_leaves(part, memory, wide)
+    layers = _layers(part)
+    for (pattern, shape, dtypes, treatment, _), names in alike.items():
+        first = names[0]
+        with precision(wide):
+            cost = _cost(part, first, lazy.get(first))
+        share, sent = _on_mesh(cost, shape, layers.get(first), part, mesh)
+        options = _options_of(part, first) if first in lazy else {}
+        name = pattern if len(names) > 1 else first
+        yield LeafGroup(
+            name, names, shape, dtypes, treatment, options, cost, share, sent
+        )
+
+
+def _options_of(part: Part, name: str) -> dict[str, Any]:
+    """The options of the method as a leaf gets them."""
+
+    def value(option: Any) -> Any:
+        if isinstance(option, Mapping):
+            try:
+                return value(first_match(option, name))
+            except KeyError:
+                return None
+        if isinstance(option, list | tuple):
+            return [value(each) for each in option]
+        return option
+
+    given = part.recipe.options
+    parameters = part.method.options.items()
+    return {n: value(given.get(n, parameter.default)) for n, parameter in parameters}
+
+
+def _lazy_leaves(part: Part, memory: int, wide: bool) -> dict[str, Any]:
+    """The leaves that the method makes, as a merge would compute them."""
+    if not part.method.spans_model(part.recipe.options):
+        return merging.merged_leaves(part, memory, {}, wide)
+    # The method would read all leaves at once to look for what it needs of them.
+    call = merging.call_of(part)
+    holds = part.method.holds_model(part.recipe.options)
+
+    def alone(name: str) -> Deferred:
+        def stored(checkpoint: Checkpoint) -> dict[str, StoredLeaf]:
+            limit = 2**62 if holds else memory // 2
+            dtype = checkpoint.leaves[name].dtype
+            return {name: StoredLeaf(checkpoint, name, limit, dtype)}
+
+        base = None if part.inputs.base is None else stored(part.inputs.base)
+        models = [stored(model) for model in part.inputs.models.values()]
+        like = part.inputs.like.leaves[name]
+        return Deferred(jax.jit(call), call, (base, models), (call, name), like)
+
+    return {name: alone(name) for name in part.merged}
+
+
+def _layers(part: Part) -> dict[str, int]:
+    """How many matrices a leaf is, where the method works on whole matrices."""
+    names = ("others", "matrices", "stack_axes", "fused")
+    options = {n: p.default for n, p in part.method.options.items() if n in names}
+    if "others" not in options:
+        return {}
+    options |= {n: v for n, v in part.recipe.options.items() if n in names}
+    shapes = part.shapes(part.inputs.like)
+    plan = plan_matrices(shapes, [shapes], method=part.method.name, **options)
+    return {
+        name: math.prod(shapes[name].shape[axis] for axis in layout.axes.stack)
+        for name, layout in plan.layouts.items()
+    }
+
+
+# What a leaf costs.
+
+
+def _cost(part: Part, name: str, leaf: Any) -> LeafCost:
+    step = part.steps[name]
+    if step.treatment == "skipped":
+        return LeafCost(0, 0)
+    stored = step.source.leaves[name].nbytes
+    rounded = step.out.nbytes if step.source.leaves[name].dtype != step.out.dtype else 0
+    if leaf is None:
+        # It is looked at for NaN before it is read to be written.
+        return LeafCost(2 * stored, step.out.nbytes, held=rounded)
+    checkpoints = part.inputs.labelled.values()
+    checked = sum(each.leaves[name].nbytes for each in checkpoints)
+    if part.method.spans_model(part.recipe.options):
+        checked *= 2
+    norms = 0 if part.inputs.base is None else part.inputs.base.leaves[name].nbytes
+    cost = _computation(leaf)
+    rounded = step.out.nbytes if leaf.dtype != step.out.dtype else 0
+    return cost._replace(
+        read=checked + cost.read + norms,
+        written=step.out.nbytes,
+        held=cost.held + rounded // max(cost.slices, 1),
+    )
+
+
+def _computation(leaf: Any) -> LeafCost:
+    """What it takes to compute a lazy leaf."""
+    if isinstance(leaf, StoredLeaf):
+        return LeafCost(leaf.nbytes, 0, held=_cast(leaf), slices=1)
+    lazy = [x for x in jax.tree.leaves(leaf.arguments) if is_lazy(x)]
+    if (
+        isinstance(leaf, Whole)
+        or leaf.cost <= leaf.memory
+        or leaf.shape[:1] in ((), (1,))
+    ):
+        return _whole(leaf, lazy)
+    return _by_rows(leaf, lazy)
+
+
+def _whole(leaf: Deferred | Whole, lazy: list[Any]) -> LeafCost:
+    shapes = as_shapes(leaf.arguments)
+    before = [_computation(x) for x in lazy]
+    found = footprint(leaf.run, *shapes)
+    large = max(math.prod(x.shape) for x in lazy)
+    # Leaves that are not computed are views of files that are mapped.
+    made = sum(x.held for x in before)
+    return LeafCost(
+        read=sum(x.read for x in before),
+        written=0,
+        operations=sum(
+            (x.operations for x in before),
+            count_operations(jax.make_jaxpr(leaf.run)(*shapes), large),
+        ),
+        traffic=found.traffic + sum(x.traffic for x in before),
+        working=max(
+            [made + found.temporary + found.results, *(x.working for x in before)]
+        ),
+        held=found.results,
+        inputs=found.arguments,
+        slices=1,
+    )
+
+
+def _by_rows(leaf: Deferred, lazy: list[Any]) -> LeafCost:
+    sliced, rows = leaf.sliced()
+    leaves = jax.tree.leaves(leaf.arguments)
+    number = lazy[0].shape[0]
+    before = {i: _computation(x) for i, x in enumerate(leaves) if is_lazy(x)}
+    slices = -(-number // rows)
+    total, last = LeafCost(0, 0, slices=slices), 0
+    for piece in sliced.pieces(as_shapes(leaves), min(rows, number)):
+        found = footprint(piece.run, *piece.arguments)
+        calls = 1 if piece.cut is None else slices
+        cut = [before[i] for i in piece.cut or []]
+        operations = count_operations(
+            jax.make_jaxpr(piece.run)(*piece.arguments), math.prod(lazy[0].shape)
+        )
+        made = sum(x.held for x in cut) // slices
+        last = piece.kept + made + found.temporary + found.results
+        total = total._replace(
+            read=total.read + sum(x.read for x in cut),
+            operations=total.operations + operations.times(calls),
+            traffic=total.traffic + calls * found.traffic,
+            working=max(total.working, last),
+            held=found.results,
+            inputs=max(total.inputs, found.arguments),
+        )
+    # The last slice is still there, to be written, while the next one is computed.
+    return total._replace(working=max(total.working, last + total.held))
+
+
+def _cast(leaf: StoredLeaf) -> int:
+    """The bytes of a leaf that is not used as it is stored."""
+    return leaf.cost if leaf.cost != leaf.nbytes else 0
+
+
+# What many devices change, and the sum of it all.
+
+
+def _on_mesh(
+    cost: LeafCost,
+    shape: tuple[int, ...],
+    layers: int | None,
+    part: Part,
+    mesh: AbstractMesh,
+) -> tuple[float, float]:
+    """The share of the busiest device in a leaf, and the bytes that it sends."""
+    devices = mesh.size
+    if devices == 1:
+        return 1.0, 0.0
+    if not layers:
+        parts = NamedSharding(mesh, spread_evenly(shape, mesh)).shard_shape(shape)
+        # An all-reduce sends each byte about twice, whatever the number of devices.
+        told = 2 * (devices - 1) / devices * cost.operations.reduced
+        return math.prod(parts) / max(math.prod(shape), 1), told
+    # Matrices are whole on one device. Layers are padded to a multiple of the devices:
+    # a lone matrix is worked on by every one of them.
+    whole = -(-layers // devices)
+    matrix = 4 * math.prod(shape) // layers
+    stacks = len(part.inputs.models) + 1  # What comes, and the result that goes back.
+    return whole / layers, whole * stacks * matrix * (devices - 1) / devices
+
+
+def _totals(
+    part: Part, groups: list[LeafGroup], devices: int, hosts: int, machine: Machine
+) -> Totals:
+    by_name = {name: group for group in groups for name in group.names}
+    of_leaves = [by_name[name] for name in part.written]
+    paths = {str(each.path): each for each in part.inputs.labelled.values()}
+    inputs = sum(i.nbytes for each in paths.values() for i in each.leaves.values())
+    read = sum(group.cost.read for group in of_leaves)
+    written = sum(group.cost.written for group in of_leaves)
+    operations = sum((group.cost.operations for group in of_leaves), Operations())
+    sent = sum(group.sent for group in of_leaves)
+    seconds = Seconds(
+        read=inputs / hosts / machine.read,
+        hash=inputs / hosts / min(machine.hash, machine.read),
+        compute=sum(_compute_seconds(group, machine) for group in of_leaves),
+        send=sent / machine.link,
+        write=written / hosts / machine.write,
+    )
+    # While a leaf is computed, those before it may still wait to be written.
+    before = [
+        sum(g.cost.held for g in of_leaves[max(0, i - WORKERS + 1) : i])
+        for i in range(len(of_leaves))
+    ]
+    pairs = list(zip(of_leaves, before, strict=True))
+    held = sum(g.cost.held for g in of_leaves) / devices
+    if not part.method.holds_model(part.recipe.options):
+        held = 0
+    host = max(g.share * g.cost.working + late / devices for g, late in pairs)
+    device = max(
+        g.share * (g.cost.working + g.cost.inputs) + late / devices for g, late in pairs
+    )
+    return Totals(
+        inputs,
+        read,
+        written,
+        operations,
+        sent,
+        0,
+        int((host + held) * devices / hosts),
+        int(device + held),
+        seconds,
+    )
+
+
+def _compute_seconds(group: LeafGroup, machine: Machine) -> float:
+    cost = group.cost
+    products = cost.operations.flops - cost.operations.factorising
+    streamed = max(products / machine.flops, cost.traffic / machine.memory)
+    return group.share * (streamed + cost.operations.factorising / machine.factorise)
+
+
+def anonymous_memory() -> int:
+    """What this process has in memory, apart from files; 0 if that is not known."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    match = re.search(r"RssAnon:\s+(\d+) kB", status)
+    return 1024 * int(match[1]) if match else 0
