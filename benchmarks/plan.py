@@ -1,10 +1,10 @@
 """Do plans say what merges then take, and what would merges of 70B models take?
 
-    python benchmarks/plan.py
+    python benchmarks/plan.py [measured] [large]
 
-First, merges of a model of 54 million parameters at two limits of memory, in processes
-of their own. A process merges twice: when the second merge begins, everything is
-compiled and freed memory is returned to the system, so what it adds at its peak are
+`measured`: merges of a model of 52 million parameters at two limits of memory, in
+processes of their own. A process merges twice: when the second merge begins, everything
+is compiled and freed memory is returned to the system, so what it adds at its peak are
 values. That is what a plan calls memory for values; what is there before, memory
 without any. Then, plans for models of the shapes of Llama 3 70B, whose files have a
 header and no values: they take no space on the disk. Writes results/plan.md.
@@ -14,6 +14,8 @@ import argparse
 import ctypes
 import gc
 import json
+import math
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,7 +25,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from common import RESULTS, machine
+from common import machine, write_table
 
 from jaxmerge import save
 from jaxmerge.checkpoints import LeafInfo, Writer
@@ -38,7 +40,7 @@ METHODS = (
     *("average", "task_arithmetic", "ties", "dare"),
     *("slerp", "sce", "tsv_merge", "sftm"),
 )
-LIMITS = (100_000_000, 1_000_000_000)
+LIMITS = (200_000_000, 2_000_000_000)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -58,12 +60,12 @@ def llama(width, inner, keys, words, layers):
             "post_attention_layernorm.weight": (width,),
         }
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
-    head = {"model.norm.weight": (width,), "lm_head.weight": (words, width)}
-    return shapes | head
+    return shapes | {"model.norm.weight": (width,)}
 
 
-SMALL = llama(width=512, inner=2048, keys=128, words=36_000, layers=4)
+SMALL = llama(width=512, inner=2048, keys=128, words=90_000, layers=2)
 LARGE = llama(width=8192, inner=28_672, keys=1024, words=128_256, layers=80)
+LARGE["lm_head.weight"] = (128_256, 8192)
 
 
 def write_small(root, models):
@@ -99,20 +101,22 @@ def recipe_of(root, method, models):
 def merge_twice(root, method, limit):
     """What the second merge of a process reads, writes and takes."""
     recipe, moved, peak, done = recipe_of(root, method, 4), [0, 0], [0], []
-    merge_checkpoints(recipe, root / f"out_{method}_1", memory=limit)
+    out = root / "out"
+    merge_checkpoints(recipe, out, memory=limit)
+    shutil.rmtree(out)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before = anonymous_memory()
     read, write = SafetensorsFile.read, Writer.write
 
-    def counted_read(self, name, index=...):
-        array = read(self, name, index)
+    def counted_read(self, *where):
+        array = read(self, *where)
         moved[0] += array.nbytes
         return array
 
-    def counted_write(self, name, array, start=0):
+    def counted_write(self, name, array, *where):
         moved[1] += array.nbytes
-        write(self, name, array, start)
+        write(self, name, array, *where)
 
     def watch():
         while not done:
@@ -122,8 +126,9 @@ def merge_twice(root, method, limit):
     SafetensorsFile.read, Writer.write = counted_read, counted_write
     watching = threading.Thread(target=watch)
     watching.start()
-    merge_checkpoints(recipe, root / f"out_{method}_2", memory=limit)
+    merge_checkpoints(recipe, out, memory=limit)
     done.append(True)
+    shutil.rmtree(out)
     watching.join()
     return {"process": before, "host": peak[0] - before, "moved": moved}
 
@@ -142,23 +147,31 @@ def in_a_process(*words):
 
 def check(root):
     """Rows of what was planned beside what happened."""
-    write_small(root, 4)
     for method in METHODS:
         for limit in LIMITS:
             planned = in_a_process("--step", "plan", root, method, limit)
             found = in_a_process("--step", "merge", root, method, limit)
-            ratios = [planned[key] / found[key] for key in ("host", "process")]
+            planned_read, read = planned["moved"][0] / 1e6, found["moved"][0] / 1e6
             same = planned["moved"] == found["moved"]
+            print(method, limit, planned, found, file=sys.stderr, flush=True)
             yield [
                 f"`{method}`",
                 f"{limit / 1e6:.0f}",
-                *(f"{each['host'] / 1e6:.0f}" for each in (planned, found)),
-                f"{ratios[0]:.2f}",
-                *(f"{each['process'] / 1e6:.0f}" for each in (planned, found)),
-                f"{sum(p[k] for p in (planned,) for k in ('host', 'process')) / sum(found[k] for k in ('host', 'process')):.2f}",
-                f"{found['moved'][0] / 1e6:.0f} / {found['moved'][1] / 1e6:.0f}",
-                "the same" if same else f"{planned['moved'][0] / 1e6:.0f} planned",
+                *_beside(planned["host"], found["host"]),
+                *_beside(planned["process"], found["process"]),
+                *_beside(sum_of(planned), sum_of(found)),
+                f"{read:.0f} / {found['moved'][1] / 1e6:.0f}",
+                "the same" if same else f"{planned_read:.0f} read",
             ]
+
+
+def sum_of(taken):
+    return taken["host"] + taken["process"]
+
+
+def _beside(planned, found):
+    """Megabytes that were planned and found, and their ratio."""
+    return f"{planned / 1e6:.0f} / {found / 1e6:.0f}", f"{planned / found:.2f}"
 
 
 CLUSTERS = {
@@ -185,9 +198,10 @@ def cells(plan):
     ]
 
 
-def large(root, chosen, counts, clusters):
+def plans(root, chosen, counts, clusters):
     for method in chosen:
         for count in counts:
+            # What is compiled for one mesh serves all.
             for name, (mesh, hosts, kind) in clusters.items():
                 recipe = recipe_of(root, method, count)
                 plan = plan_merge(
@@ -197,66 +211,61 @@ def large(root, chosen, counts, clusters):
                 print(method, count, name, file=sys.stderr, flush=True)
 
 
-def table(header, rows):
-    lines = ["| " + " | ".join(row) + " |" for row in [header, *rows]]
-    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
+def measured():
+    with tempfile.TemporaryDirectory() as root:
+        write_small(Path(root), 4)
+        write_table(
+            "plan",
+            "Planned and measured memory and traffic of merges",
+            (
+                *("method", "limit", "values", "ratio", "without values", "ratio"),
+                *("together", "ratio", "read / written", "planned"),
+            ),
+            list(check(Path(root))),
+            "Planned / measured memory of the process in MB, for four models (two for "
+            f"`slerp`) of {entries_of(SMALL) / 1e6:.0f} million parameters in "
+            f"bfloat16, and the MB that were read and written.\n\n{machine()}",
+        )
 
 
-HEADER = (
-    *("method", "models", "devices", "flops", "of them factorising", "sent, GB"),
-    *("per device, GB", "read", "compute", "send", "write"),
-)
+def large():
+    with tempfile.TemporaryDirectory() as root:
+        write_large(Path(root), 32)
+        each = plans(Path(root), METHODS, (8,), CLUSTERS)
+        few = {"16 x v5e": ({"data": 4, "model": 4}, 2, "v5e"), **CLUSTERS}
+        del few["16 x H100"]
+        grown = plans(Path(root), ("average", "ties"), (2, 8, 32), few)
+        write_table(
+            "plan_large",
+            "Plans of merges of 70B models",
+            (
+                *("method", "models", "devices", "flops", "of them factorising"),
+                *("sent, GB", "memory, GB", "read", "compute", "send", "write"),
+            ),
+            [*each, *grown],
+            f"Of models with the shapes of Llama 3 70B, {entries_of(LARGE) / 1e9:.1f} "
+            "billion parameters in bfloat16. What a device sends, and values in the "
+            "memory of one. Estimates, not measurements."
+            f"\n\n{machine()}",
+        )
+
+
+def entries_of(shapes):
+    return sum(math.prod(shape) for shape in shapes.values())
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("what", nargs="*", default=["measured", "large"])
     parser.add_argument("--step", nargs=4, help=argparse.SUPPRESS)
-    step = parser.parse_args().step
-    if step is not None:
-        run = {"plan": plan_once, "merge": merge_twice}[step[0]]
-        print(json.dumps(run(Path(step[1]), step[2], int(step[3]))))
+    arguments = parser.parse_args()
+    if arguments.step is not None:
+        name, root, method, limit = arguments.step
+        run = {"plan": plan_once, "merge": merge_twice}[name]
+        print(json.dumps(run(Path(root), method, int(limit))))
         return
-    with tempfile.TemporaryDirectory() as root:
-        checked = table(
-            (
-                *("method", "limit, MB", "values: planned", "measured", "ratio"),
-                *("without values: planned", "measured", "both, ratio"),
-                *("values read / written, MB", "bytes planned"),
-            ),
-            check(Path(root)),
-        )
-    print(checked, flush=True)
-    with tempfile.TemporaryDirectory() as root:
-        write_large(Path(root), 32)
-        each = table(HEADER, large(Path(root), METHODS, (8,), CLUSTERS))
-        print(each, flush=True)
-        few = {
-            f"{k * k} v5e": ({"data": k, "model": k}, max(1, k * k // 8), "v5e")
-            for k in (4, 16)
-        }
-        grown = table(
-            HEADER,
-            large(Path(root), ("average", "ties", "tsv_merge"), (2, 8, 32), few),
-        )
-    text = f"""# Plans of merges
-
-## Planned and measured
-
-Memory in MB, of four models (two for `slerp`) of 54 million parameters in bfloat16.
-
-{checked}
-
-## Eight models of the shapes of Llama 3 70B
-
-{each}
-
-## Growth with models and devices
-
-{grown}
-
-{machine()}
-"""
-    (RESULTS / "plan.md").write_text(text)
+    for what in arguments.what:
+        {"measured": measured, "large": large}[what]()
 
 
 if __name__ == "__main__":

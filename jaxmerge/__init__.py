@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from jaxmerge.checkpoints import load, load_adapter, open_checkpoint, save
     from jaxmerge.conversion import convert
     from jaxmerge.depth import lines
+    from jaxmerge.forecast import plan_merge
     from jaxmerge.leafwise import task_vector
     from jaxmerge.linalg import map_matrices
     from jaxmerge.loading import load_sharded
@@ -107,6 +108,7 @@ __all__ = [
     "open_checkpoint",
     "pcb",
     "place",
+    "plan_merge",
     "ram",
     "regmean",
     "regmean_plus_plus",
@@ -143,6 +145,7 @@ _HOMES = {
     "linalg": ["map_matrices"],
     "lowrank": ["LowRank", "apply_adapter"],
     "matrices": ["MatrixAxes", "matrix_axes"],
+    "forecast": ["plan_merge"],
     "merging": ["merge_checkpoints"],
     "methods.alignment": ["knots"],
     "methods.arithmetic": ["magmax", "task_arithmetic"],

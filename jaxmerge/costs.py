@@ -8,6 +8,7 @@ kind that is here; nothing is allocated for that, however large the arrays.
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,9 +33,9 @@ class Operations(NamedTuple):
 
     flops: float = 0
     factorising: float = 0
-    reductions: int = 0
-    reduced: int = 0
-    open_loops: int = 0
+    reductions: float = 0
+    reduced: float = 0
+    open_loops: float = 0
 
     def __add__(self, other: "Operations") -> "Operations":  # type: ignore[override]
         return Operations(*(a + b for a, b in zip(self, other, strict=True)))
@@ -106,7 +107,9 @@ def _footprint(program: _Program) -> Footprint:
     return Footprint(
         int(memory.argument_size_in_bytes),
         int(memory.output_size_in_bytes),
-        int(memory.temp_size_in_bytes) + _workspace(program.traced.jaxpr),
+        int(memory.temp_size_in_bytes)
+        + _lapack_workspace(program.traced.jaxpr)
+        + _ynnpack_workspace(compiled.as_text()),
         float(costs.get("bytes accessed", 0)),
     )
 
@@ -126,7 +129,7 @@ def _count(eqn: Any, large: int) -> Operations:
         bodies = [x for x in jax.tree.leaves(eqn.params) if hasattr(x, "eqns")]
         if bodies:
             return sum((count_operations(x, large) for x in bodies), Operations())
-    shapes = [getattr(x.aval, "shape", ()) for x in eqn.invars]
+    shapes: list[Any] = [getattr(x.aval, "shape", ()) for x in eqn.invars]
     sizes = [math.prod(shape) for shape in shapes]
     made = sum(math.prod(getattr(x.aval, "shape", ())) for x in eqn.outvars)
     if name in _FACTORISATIONS:
@@ -147,7 +150,7 @@ def _count(eqn: Any, large: int) -> Operations:
     return Operations(0 if name in _MOVES else made)
 
 
-def _reducing(flops: int, sizes: list[int], made: int, large: int) -> Operations:
+def _reducing(flops: float, sizes: list[int], made: int, large: int) -> Operations:
     if made * 2 > max(sizes, default=0) or max(sizes) < large:
         return Operations(flops)
     return Operations(flops, reductions=1, reduced=4 * made)
@@ -201,7 +204,7 @@ def _columns(eqn: Any) -> int:
     return m * n // eqn.invars[0].aval.shape[-1]
 
 
-def _workspace(closed: Any) -> int:
+def _lapack_workspace(closed: Any) -> int:
     """What LAPACK takes beside what XLA gives it: for one matrix at a time."""
     largest = 0
     for eqn in _all_equations(closed):
@@ -212,6 +215,20 @@ def _workspace(closed: Any) -> int:
             numbers = 4 * n**2 + 7 * n if name == "svd" else 3 * n**2 + 6 * n
             itemsize = np.dtype(eqn.invars[0].aval.dtype).itemsize
             largest = max(largest, numbers * itemsize)
+    return largest
+
+
+def _ynnpack_workspace(compiled: str) -> int:
+    """What YNNPACK takes, which computes reductions on CPUs with what leads to them.
+
+    It materialises the arrays in between: the largest of them, about.
+    """
+    largest = 0
+    for name in re.findall(r"%ynn_fusion\S* = .* calls=%([\w.-]+)", compiled):
+        body = compiled.partition(f"\n%{name} (")[2].partition("\n}")[0]
+        for bits, shape in re.findall(r"= [a-z]+(\d+)\S*?\[([\d,]+)\]", body):
+            entries = math.prod(map(int, shape.split(",")))
+            largest = max(largest, int(bits) * entries // 8)
     return largest
 
 

@@ -15,13 +15,11 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AbstractMesh, NamedSharding
 
-from jaxmerge import merging
 from jaxmerge.checkpoints import Checkpoint, CheckpointError, open_checkpoint
 from jaxmerge.costs import Operations, count_operations, footprint
 from jaxmerge.lazy import Deferred, Whole, as_shapes, comes_whole, is_lazy
 from jaxmerge.machines import MACHINES, Machine
-from jaxmerge.matrixwise import plan_matrices
-from jaxmerge.planning import Inputs, MergeError, Part, Step, plan_leaves
+from jaxmerge.planning import Inputs, MergeError, Part, Step, difference, plan_leaves
 from jaxmerge.recipes import Recipe
 from jaxmerge.sharding import spread_evenly
 from jaxmerge.streaming import WORKERS, StoredLeaf, precision
@@ -142,7 +140,7 @@ def plan_merge(
     recipe: Recipe,
     *,
     out: str | os.PathLike[str] | None = None,
-    memory: int = merging.MEMORY,
+    memory: int = MEMORY,
     mesh: Mapping[str, int] | None = None,
     hosts: int = 1,
     machine: Machine = MACHINES["cpu"],
@@ -175,7 +173,7 @@ def plan_merge(
         >>> recipe = Recipe("average", {"math": runs / "math", "code": runs / "code"})
         >>> totals = plan_merge(recipe).totals
         >>> totals.inputs, totals.written, totals.operations.flops
-        (256, 128, 96)
+        (256, 128, 200)
     """
     mesh = mesh or {}
     devices = math.prod(mesh.values())
@@ -186,15 +184,9 @@ def plan_merge(
         )
     part = _checked_part(recipe, out, memory)
     limit = 2**62 if mesh else memory
-    before = anonymous_memory()
     spread = AbstractMesh(tuple(mesh.values()), tuple(mesh))
-    groups = list(_groups(part, limit, spread))
+    groups = list(_groups(PartMerge(part, limit, None, {}), limit, spread))
     totals = _totals(part, groups, devices, hosts, machine)
-    process = anonymous_memory()
-    if any(group.cost.slices > 1 for group in groups):
-        # A merge compiles what runs by rows once more, as the last slice is shorter.
-        process += max(0, process - before)
-    totals = totals._replace(process=process)
     return MergePlan(recipe.method, len(recipe.models), devices, hosts, groups, totals)
 
 
@@ -215,11 +207,8 @@ def _checked_part(
         steps = _those_alike(inputs)
     part = Part(recipe, inputs, steps)
     if part.merged:
-        errors += _option_errors(part)
-        try:
-            merging.check_memory(part, memory)
-        except MergeError as error:
-            errors.append(str(error))
+        found = _option_errors(part)
+        errors += found or _memory_errors(part, memory)
     if out is not None:
         errors += _space_errors(part, Path(out).absolute())
     if errors:
@@ -248,12 +237,11 @@ def _open_inputs(recipe: Recipe, errors: list[str]) -> Inputs | None:
 
 def _those_alike(inputs: Inputs) -> dict[str, Step]:
     """The leaves that could be merged if others did not stand in the way."""
-    checkpoints = list(inputs.labelled.values())
+    checkpoints = inputs.labelled
     steps = {}
     for name, info in inputs.like.leaves.items():
-        found = [each.leaves.get(name) for each in checkpoints]
-        alike = all(x and x.shape == info.shape and is_float(x) for x in found)
-        if alike and info.dtype.itemsize > 1:
+        found = {k: x.leaves[name] for k, x in checkpoints.items() if name in x.leaves}
+        if is_float(info) and not difference(found, checkpoints):
             steps[name] = Step("merged", inputs.like, info)
     return steps
 
@@ -269,7 +257,7 @@ def _option_errors(part: Part) -> list[str]:
         base = None if part.inputs.base is None else part.shapes(part.inputs.base)
         models = [part.shapes(model) for model in part.inputs.models.values()]
         try:
-            with precision(merging.is_wide(part)):
+            with precision(is_wide(part)):
                 jax.eval_shape(call, base, models)
         except ValueError as error:
             found[f"{part.recipe.source}: {error}"] = None
@@ -277,6 +265,14 @@ def _option_errors(part: Part) -> list[str]:
             if tried is options:
                 break
     return list(found)
+
+
+def _memory_errors(part: Part, memory: int) -> list[str]:
+    try:
+        PartMerge(part, memory, None, {})
+    except MergeError as error:
+        return [str(error)]
+    return []
 
 
 def _space_errors(part: Part, out: Path) -> Iterator[str]:
@@ -293,12 +289,13 @@ def _space_errors(part: Part, out: Path) -> Iterator[str]:
 # Leaves that are alike.
 
 
-def _groups(part: Part, memory: int, mesh: AbstractMesh) -> Iterator[LeafGroup]:
+def _groups(merge: PartMerge, memory: int, mesh: AbstractMesh) -> Iterator[LeafGroup]:
+    part = merge.part
     alike: dict[Any, list[str]] = {}
-    kinds = merging.kinds_of(part)
+    treatments = merge.treatments()
     checkpoints = list(part.inputs.labelled.values())
     for name, step in part.steps.items():
-        treatment = kinds.get(name, step.treatment)
+        treatment = treatments[name]
         options = _options_of(part, name) if step.treatment == "merged" else {}
         sources = checkpoints if step.treatment == "merged" else [step.source]
         dtypes = tuple(str(each.leaves[name].dtype) for each in sources)
@@ -306,9 +303,10 @@ def _groups(part: Part, memory: int, mesh: AbstractMesh) -> Iterator[LeafGroup]:
         pattern = re.sub(r"\d+", "*", name)
         key = pattern, step.out.shape, (dtypes, out), treatment, repr(options)
         alike.setdefault(key, []).append(name)
-    wide = merging.is_wide(part)
-    lazy = _lazy_leaves(part, memory, wide)
-    layers = _layers(part)
+    wide = is_wide(part)
+    with precision(wide):
+        lazy = _lazy_leaves(merge, memory)
+    layers = _layers(merge)
     for (pattern, shape, dtypes, treatment, _), names in alike.items():
         first = names[0]
         with precision(wide):
@@ -339,12 +337,13 @@ def _options_of(part: Part, name: str) -> dict[str, Any]:
     return {n: value(given.get(n, parameter.default)) for n, parameter in parameters}
 
 
-def _lazy_leaves(part: Part, memory: int, wide: bool) -> dict[str, Any]:
+def _lazy_leaves(merge: PartMerge, memory: int) -> dict[str, Any]:
     """The leaves that the method makes, as a merge would compute them."""
+    part = merge.part
     if not part.method.spans_model(part.recipe.options):
-        return merging.merged_leaves(part, memory, {}, wide)
+        return merge.call(*merge.lazy_trees())
     # The method would read all leaves at once to look for what it needs of them.
-    call = merging.call_of(part)
+    call = merge.call
     holds = part.method.holds_model(part.recipe.options)
 
     def alone(name: str) -> Deferred:
@@ -361,17 +360,13 @@ def _lazy_leaves(part: Part, memory: int, wide: bool) -> dict[str, Any]:
     return {name: alone(name) for name in part.merged}
 
 
-def _layers(part: Part) -> dict[str, int]:
+def _layers(merge: PartMerge) -> dict[str, int]:
     """How many matrices a leaf is, where the method works on whole matrices."""
-    names = ("others", "matrices", "stack_axes", "fused")
-    options = {n: p.default for n, p in part.method.options.items() if n in names}
-    if "others" not in options:
+    plan = merge.matrices()
+    if plan is None:
         return {}
-    options |= {n: v for n, v in part.recipe.options.items() if n in names}
-    shapes = part.shapes(part.inputs.like)
-    plan = plan_matrices(shapes, [shapes], method=part.method.name, **options)
     return {
-        name: math.prod(shapes[name].shape[axis] for axis in layout.axes.stack)
+        name: math.prod(plan.leaves[name].shape[axis] for axis in layout.axes.stack)
         for name, layout in plan.layouts.items()
     }
 
@@ -407,11 +402,7 @@ def _computation(leaf: Any) -> LeafCost:
     if isinstance(leaf, StoredLeaf):
         return LeafCost(leaf.nbytes, 0, held=_cast(leaf), slices=1)
     lazy = [x for x in jax.tree.leaves(leaf.arguments) if is_lazy(x)]
-    if (
-        isinstance(leaf, Whole)
-        or leaf.cost <= leaf.memory
-        or leaf.shape[:1] in ((), (1,))
-    ):
+    if isinstance(leaf, Whole) or comes_whole(leaf, lazy[0].shape):
         return _whole(leaf, lazy)
     return _by_rows(leaf, lazy)
 
@@ -464,8 +455,9 @@ def _by_rows(leaf: Deferred, lazy: list[Any]) -> LeafCost:
             held=found.results,
             inputs=max(total.inputs, found.arguments),
         )
-    # The last slice is still there, to be written, while the next one is computed.
-    return total._replace(working=max(total.working, last + total.held))
+    # A slice is still there, to be written, while the next one is computed.
+    second = min(rows, number - rows) / rows
+    return total._replace(working=max(total.working, int(total.held + second * last)))
 
 
 def _cast(leaf: StoredLeaf) -> int:
@@ -484,9 +476,9 @@ def _on_mesh(
     mesh: AbstractMesh,
 ) -> tuple[float, float]:
     """The share of the busiest device in a leaf, and the bytes that it sends."""
-    devices = mesh.size
-    if devices == 1:
+    if mesh.empty:
         return 1.0, 0.0
+    devices = mesh.size
     if not layers:
         parts = NamedSharding(mesh, spread_evenly(shape, mesh)).shard_shape(shape)
         # An all-reduce sends each byte about twice, whatever the number of devices.
@@ -496,7 +488,9 @@ def _on_mesh(
     # a lone matrix is worked on by every one of them.
     whole = -(-layers // devices)
     matrix = 4 * math.prod(shape) // layers
-    stacks = len(part.inputs.models) + 1  # What comes, and the result that goes back.
+    # The matrices of all inputs come together (a few methods need no base), and the
+    # result goes back.
+    stacks = len(part.inputs.labelled) + 1
     return whole / layers, whole * stacks * matrix * (devices - 1) / devices
 
 
@@ -537,7 +531,7 @@ def _totals(
         written,
         operations,
         sent,
-        0,
+        anonymous_memory(),
         int((host + held) * devices / hosts),
         int(device + held),
         seconds,

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxmerge import hosts
 from jaxmerge.checkpoints import Checkpoint, Index
 from jaxmerge.lazy import load
-from jaxmerge.matrixwise import plan_matrices
+from jaxmerge.matrixwise import MatrixPlan, plan_matrices
 from jaxmerge.planning import Part
 from jaxmerge.recipe_syntax import MergeError
 from jaxmerge.reports import sum_of_squares
@@ -48,7 +48,7 @@ class PartMerge:
         self.part = part
         self._memory, self._placed = memory, _placed(part, mesh, rules)
         self._merged: dict[str, Any] = {}
-        self._wide = _is_wide(part)
+        self._wide = is_wide(part)
         self._try_on_shapes()
         self._check_memory()
 
@@ -61,11 +61,11 @@ class PartMerge:
             with hosts.together():
                 for name in part.merged:
                     self._check_inputs(name)
-        base, models = self._lazy_trees()
+        base, models = self.lazy_trees()
         with precision(self._wide):
             if part.method.holds_model(part.recipe.options):
                 base, models = load((base, models))
-            self._merged = self._call(base, models)
+            self._merged = self.call(base, models)
 
     def leaf(
         self, name: str, write: Callable[[Index, np.ndarray], None]
@@ -120,14 +120,15 @@ class PartMerge:
         for part in own_parts(shape, self._placed.get(name)):
             yield from blocks(shape, part, dtype.itemsize)
 
-    def _call(self, base: Any, models: list[Any]) -> dict[str, Any]:
+    def call(self, base: Any, models: list[Any]) -> dict[str, Any]:
+        """The merged leaves: what the method makes of base and models."""
         recipe = self.part.recipe
         method = self.part.method
         return method.bind(recipe.options, recipe.seed, list(recipe.models))(
             base, models
         )
 
-    def _lazy_trees(self) -> tuple[Any, list[Any]]:
+    def lazy_trees(self) -> tuple[Any, list[Any]]:
         """The leaves of base and models that are merged, not read yet."""
         part, inputs = self.part, self.part.inputs
         uses_base = part.method.uses_base(part.recipe.options)
@@ -157,7 +158,7 @@ class PartMerge:
             return
         try:
             with precision(self._wide):
-                jax.eval_shape(self._call, base, models)
+                jax.eval_shape(self.call, base, models)
         except ValueError as error:
             raise MergeError(f"{part.recipe.source}: {error}") from error
 
@@ -178,6 +179,13 @@ class PartMerge:
 
     def _policies(self) -> dict[str, str]:
         """What becomes of leaves that are no matrices, where only those are merged."""
+        plan = self.matrices()
+        if plan is None:
+            return {}
+        return dict.fromkeys(plan.rest, f"no matrix: {plan.others}")
+
+    def matrices(self) -> MatrixPlan | None:
+        """Which leaves are which matrices, if the method merges only those."""
         part = self.part
         options = {
             name: part.recipe.options.get(name, option.default)
@@ -185,10 +193,9 @@ class PartMerge:
             if name in ("others", "matrices", "stack_axes", "fused")
         }
         if "others" not in options:
-            return {}
+            return None
         shapes = part.shapes(part.inputs.like)
-        plan = plan_matrices(shapes, [shapes], method=part.method.name, **options)
-        return dict.fromkeys(plan.rest, f"no matrix: {plan.others}")
+        return plan_matrices(shapes, [shapes], method=part.method.name, **options)
 
     def _check_inputs(self, name: str) -> None:
         """Checks what this process reads of a leaf, which brings it from disk, too."""
@@ -204,7 +211,8 @@ class PartMerge:
             raise MergeError(_explain_not_finite(self.part, name))
 
 
-def _is_wide(part: Part) -> bool:
+def is_wide(part: Part) -> bool:
+    """Whether it is merged in float64, as a leaf of it is stored."""
     checkpoints = part.inputs.labelled.values()
     return any(
         checkpoint.leaves[name].dtype == np.float64

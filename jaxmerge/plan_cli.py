@@ -37,14 +37,21 @@ def add_to(commands: Any) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from jaxmerge.forecast import plan_merge
-    from jaxmerge.recipes import load_recipe
+    from jaxmerge.recipe_files import load_recipe
+    from jaxmerge.recipes import Recipe
 
     memory = parse_size("--memory", arguments.memory)
     mesh = None if arguments.mesh is None else axes_of(arguments.mesh)
+    recipe = load_recipe(arguments.recipe)
+    if not isinstance(recipe, Recipe):
+        raise CommandError(f"{arguments.recipe}: recipes of mergekit cannot be planned")
     machine = _machine(arguments)
+
+    # What is wrong with a recipe is said before the rest is loaded.
+    from jaxmerge.forecast import plan_merge
+
     plan = plan_merge(
-        load_recipe(arguments.recipe),
+        recipe,
         out=arguments.out,
         memory=memory,
         mesh=mesh,
