@@ -25,8 +25,8 @@ class Operations(NamedTuple):
         flops: operations on numbers, one for each entry of the result of a primitive
             that works entry by entry, two for each product in a matrix product.
         factorising: those of them in SVDs, QR and other factorisations.
-        reductions: how many times an array as large as asked for boils down to a
-            smaller one; on a mesh, each time devices tell each other their share.
+        reductions: how many times an array of a given size, or a larger one, boils
+            down to a smaller one; on a mesh, devices then tell each other their share.
         reduced: the bytes of what comes out of that.
         open_loops: loops whose number of steps depends on values; one step is counted.
     """
@@ -67,7 +67,8 @@ def count_operations(closed: Any, large: int = 1) -> Operations:
 
     Args:
         closed: from `jax.make_jaxpr`.
-        large: how many entries an array has at least whose reduction counts as one.
+        large: the entries of a leaf: a reduction counts as one if what it takes has at
+            least so many and what comes out fewer.
 
     Example:
         >>> import jax.numpy as jnp
@@ -151,7 +152,8 @@ def _count(eqn: Any, large: int) -> Operations:
 
 
 def _reducing(flops: float, sizes: list[int], made: int, large: int) -> Operations:
-    if made * 2 > max(sizes, default=0) or max(sizes) < large:
+    # A sum over models has the shape of a leaf, and devices make their part of it.
+    if max(sizes, default=0) < large or made >= large:
         return Operations(flops)
     return Operations(flops, reductions=1, reduced=4 * made)
 

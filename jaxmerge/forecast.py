@@ -16,39 +16,17 @@ import jax
 from jax.sharding import AbstractMesh, NamedSharding
 
 from jaxmerge.checkpoints import Checkpoint, CheckpointError, open_checkpoint
-from jaxmerge.costs import Operations, count_operations, footprint
-from jaxmerge.lazy import Deferred, Whole, as_shapes, comes_whole, is_lazy
+from jaxmerge.costs import Operations
+from jaxmerge.lazy import Deferred
+from jaxmerge.leafcosts import LeafCost, cost_of
 from jaxmerge.machines import MACHINES, Machine
+from jaxmerge.merging import MEMORY
+from jaxmerge.parts import PartMerge, is_wide
 from jaxmerge.planning import Inputs, MergeError, Part, Step, difference, plan_leaves
 from jaxmerge.recipes import Recipe
 from jaxmerge.sharding import spread_evenly
 from jaxmerge.streaming import WORKERS, StoredLeaf, precision
 from jaxmerge.tree import first_match, is_float
-
-
-class LeafCost(NamedTuple):
-    """What one leaf costs, all devices together.
-
-    Attributes:
-        read: bytes of values that are read from inputs, in all passes.
-        written: bytes of values that are written.
-        operations: its arithmetic.
-        traffic: bytes between a device and its memory.
-        working: bytes in memory while it is computed, beside the inputs.
-        held: those of the result, which another leaf may be computed beside.
-        inputs: bytes of inputs that are in memory while it is computed.
-        slices: how many times rows of it are computed; 1 if it comes whole, 0 if it is
-            not computed at all.
-    """
-
-    read: int
-    written: int
-    operations: Operations = Operations()
-    traffic: float = 0
-    working: int = 0
-    held: int = 0
-    inputs: int = 0
-    slices: int = 0
 
 
 class LeafGroup(NamedTuple):
@@ -310,7 +288,7 @@ def _groups(merge: PartMerge, memory: int, mesh: AbstractMesh) -> Iterator[LeafG
     for (pattern, shape, dtypes, treatment, _), names in alike.items():
         first = names[0]
         with precision(wide):
-            cost = _cost(part, first, lazy.get(first))
+            cost = cost_of(part, first, lazy.get(first))
         share, sent = _on_mesh(cost, shape, layers.get(first), part, mesh)
         options = _options_of(part, first) if first in lazy else {}
         name = pattern if len(names) > 1 else first
@@ -369,100 +347,6 @@ def _layers(merge: PartMerge) -> dict[str, int]:
         name: math.prod(plan.leaves[name].shape[axis] for axis in layout.axes.stack)
         for name, layout in plan.layouts.items()
     }
-
-
-# What a leaf costs.
-
-
-def _cost(part: Part, name: str, leaf: Any) -> LeafCost:
-    step = part.steps[name]
-    if step.treatment == "skipped":
-        return LeafCost(0, 0)
-    stored = step.source.leaves[name].nbytes
-    rounded = step.out.nbytes if step.source.leaves[name].dtype != step.out.dtype else 0
-    if leaf is None:
-        # It is looked at for NaN before it is read to be written.
-        return LeafCost(2 * stored, step.out.nbytes, held=rounded)
-    checkpoints = part.inputs.labelled.values()
-    checked = sum(each.leaves[name].nbytes for each in checkpoints)
-    if part.method.spans_model(part.recipe.options):
-        checked *= 2
-    norms = 0 if part.inputs.base is None else part.inputs.base.leaves[name].nbytes
-    cost = _computation(leaf)
-    rounded = step.out.nbytes if leaf.dtype != step.out.dtype else 0
-    return cost._replace(
-        read=checked + cost.read + norms,
-        written=step.out.nbytes,
-        held=cost.held + rounded // max(cost.slices, 1),
-    )
-
-
-def _computation(leaf: Any) -> LeafCost:
-    """What it takes to compute a lazy leaf."""
-    if isinstance(leaf, StoredLeaf):
-        return LeafCost(leaf.nbytes, 0, held=_cast(leaf), slices=1)
-    lazy = [x for x in jax.tree.leaves(leaf.arguments) if is_lazy(x)]
-    if isinstance(leaf, Whole) or comes_whole(leaf, lazy[0].shape):
-        return _whole(leaf, lazy)
-    return _by_rows(leaf, lazy)
-
-
-def _whole(leaf: Deferred | Whole, lazy: list[Any]) -> LeafCost:
-    shapes = as_shapes(leaf.arguments)
-    before = [_computation(x) for x in lazy]
-    found = footprint(leaf.run, *shapes)
-    large = max(math.prod(x.shape) for x in lazy)
-    # Leaves that are not computed are views of files that are mapped.
-    made = sum(x.held for x in before)
-    return LeafCost(
-        read=sum(x.read for x in before),
-        written=0,
-        operations=sum(
-            (x.operations for x in before),
-            count_operations(jax.make_jaxpr(leaf.run)(*shapes), large),
-        ),
-        traffic=found.traffic + sum(x.traffic for x in before),
-        working=max(
-            [made + found.temporary + found.results, *(x.working for x in before)]
-        ),
-        held=found.results,
-        inputs=found.arguments,
-        slices=1,
-    )
-
-
-def _by_rows(leaf: Deferred, lazy: list[Any]) -> LeafCost:
-    sliced, rows = leaf.sliced()
-    leaves = jax.tree.leaves(leaf.arguments)
-    number = lazy[0].shape[0]
-    before = {i: _computation(x) for i, x in enumerate(leaves) if is_lazy(x)}
-    slices = -(-number // rows)
-    total, last = LeafCost(0, 0, slices=slices), 0
-    for piece in sliced.pieces(as_shapes(leaves), min(rows, number)):
-        found = footprint(piece.run, *piece.arguments)
-        calls = 1 if piece.cut is None else slices
-        cut = [before[i] for i in piece.cut or []]
-        operations = count_operations(
-            jax.make_jaxpr(piece.run)(*piece.arguments), math.prod(lazy[0].shape)
-        )
-        made = sum(x.held for x in cut) // slices
-        last = piece.kept + made + found.temporary + found.results
-        total = total._replace(
-            read=total.read + sum(x.read for x in cut),
-            operations=total.operations + operations.times(calls),
-            traffic=total.traffic + calls * found.traffic,
-            working=max(total.working, last),
-            held=found.results,
-            inputs=max(total.inputs, found.arguments),
-        )
-    # A slice is still there, to be written, while the next one is computed.
-    second = min(rows, number - rows) / rows
-    return total._replace(working=max(total.working, int(total.held + second * last)))
-
-
-def _cast(leaf: StoredLeaf) -> int:
-    """The bytes of a leaf that is not used as it is stored."""
-    return leaf.cost if leaf.cost != leaf.nbytes else 0
 
 
 # What many devices change, and the sum of it all.
