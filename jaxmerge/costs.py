@@ -223,10 +223,11 @@ def _lapack_workspace(closed: Any) -> int:
 def _ynnpack_workspace(compiled: str) -> int:
     """What YNNPACK takes, which computes reductions on CPUs with what leads to them.
 
-    It materialises the arrays in between: the largest of them, about.
+    It materialises the arrays in between, the largest of them at a time, unless they
+    are summed up to a single number.
     """
     largest = 0
-    for name in re.findall(r"%ynn_fusion\S* = .* calls=%([\w.-]+)", compiled):
+    for name in re.findall(r"%ynn_fusion\S* = \w+\[\d.* calls=%([\w.-]+)", compiled):
         body = compiled.partition(f"\n%{name} (")[2].partition("\n}")[0]
         for bits, shape in re.findall(r"= [a-z]+(\d+)\S*?\[([\d,]+)\]", body):
             entries = math.prod(map(int, shape.split(",")))

@@ -160,18 +160,18 @@ def plan_merge(
             f"{devices} devices cannot be spread over {hosts} hosts; give a mesh whose "
             "number of devices is a multiple of that of hosts."
         )
-    part = _checked_part(recipe, out, memory)
+    merge = _checked(recipe, out, memory)
     limit = 2**62 if mesh else memory
     spread = AbstractMesh(tuple(mesh.values()), tuple(mesh))
-    groups = list(_groups(PartMerge(part, limit, None, {}), limit, spread))
-    totals = _totals(part, groups, devices, hosts, machine)
+    groups = list(_groups(merge, limit, spread))
+    totals = _totals(merge.part, groups, devices, hosts, machine)
     return MergePlan(recipe.method, len(recipe.models), devices, hosts, groups, totals)
 
 
-def _checked_part(
+def _checked(
     recipe: Recipe, out: str | os.PathLike[str] | None, memory: int
-) -> Part:
-    """What becomes of each leaf, after all that can be wrong was looked for."""
+) -> PartMerge:
+    """The merge that is planned, after all that can be wrong was looked for."""
     errors: list[str] = []
     if out is not None and os.path.lexists(out):
         errors.append(f"{out} exists already; remove it or choose another name.")
@@ -184,14 +184,16 @@ def _checked_part(
         errors.append(str(error))
         steps = _those_alike(inputs)
     part = Part(recipe, inputs, steps)
-    if part.merged:
-        found = _option_errors(part)
-        errors += found or _memory_errors(part, memory)
     if out is not None:
         errors += _space_errors(part, Path(out).absolute())
-    if errors:
-        raise MergeError("\n".join(errors))
-    return part
+    try:
+        merge = PartMerge(part, memory, None, {})
+    except MergeError as error:
+        errors += dict.fromkeys([str(error), *_option_errors(part)])
+    else:
+        if not errors:
+            return merge
+    raise MergeError("\n".join(errors))
 
 
 def _open_inputs(recipe: Recipe, errors: list[str]) -> Inputs | None:
@@ -224,33 +226,21 @@ def _those_alike(inputs: Inputs) -> dict[str, Step]:
     return steps
 
 
-def _option_errors(part: Part) -> list[str]:
-    """What the method says to all options together, and to each of them alone."""
+def _option_errors(part: Part) -> Iterator[str]:
+    """What the method says to each option without the others."""
     options = part.recipe.options
     required = [n for n, p in part.method.options.items() if p.required]
     needed = {name: options[name] for name in required if name in options}
-    found: dict[str, None] = {}
-    for tried in [options, *(needed | {name: options[name]} for name in options)]:
+    base = None if part.inputs.base is None else part.shapes(part.inputs.base)
+    models = [part.shapes(model) for model in part.inputs.models.values()]
+    for name in options:
+        tried = needed | {name: options[name]}
         call = part.method.bind(tried, part.recipe.seed, list(part.recipe.models))
-        base = None if part.inputs.base is None else part.shapes(part.inputs.base)
-        models = [part.shapes(model) for model in part.inputs.models.values()]
         try:
             with precision(is_wide(part)):
                 jax.eval_shape(call, base, models)
         except ValueError as error:
-            found[f"{part.recipe.source}: {error}"] = None
-        else:
-            if tried is options:
-                break
-    return list(found)
-
-
-def _memory_errors(part: Part, memory: int) -> list[str]:
-    try:
-        PartMerge(part, memory, None, {})
-    except MergeError as error:
-        return [str(error)]
-    return []
+            yield f"{part.recipe.source}: {error}"
 
 
 def _space_errors(part: Part, out: Path) -> Iterator[str]:
@@ -319,14 +309,14 @@ def _lazy_leaves(merge: PartMerge, memory: int) -> dict[str, Any]:
     """The leaves that the method makes, as a merge would compute them."""
     part = merge.part
     if not part.method.spans_model(part.recipe.options):
-        return merge.call(*merge.lazy_trees())
+        return merge.call(*merge.lazy_trees(memory))
     # The method would read all leaves at once to look for what it needs of them.
     call = merge.call
     holds = part.method.holds_model(part.recipe.options)
 
     def alone(name: str) -> Deferred:
         def stored(checkpoint: Checkpoint) -> dict[str, StoredLeaf]:
-            limit = 2**62 if holds else memory // 2
+            limit = 2**62 if holds else memory // WORKERS
             dtype = checkpoint.leaves[name].dtype
             return {name: StoredLeaf(checkpoint, name, limit, dtype)}
 

@@ -61,7 +61,7 @@ class PartMerge:
             with hosts.together():
                 for name in part.merged:
                     self._check_inputs(name)
-        base, models = self.lazy_trees()
+        base, models = self.lazy_trees(self._memory)
         with precision(self._wide):
             if part.method.holds_model(part.recipe.options):
                 base, models = load((base, models))
@@ -128,7 +128,7 @@ class PartMerge:
             base, models
         )
 
-    def lazy_trees(self) -> tuple[Any, list[Any]]:
+    def lazy_trees(self, memory: int) -> tuple[Any, list[Any]]:
         """The leaves of base and models that are merged, not read yet."""
         part, inputs = self.part, self.part.inputs
         uses_base = part.method.uses_base(part.recipe.options)
@@ -140,8 +140,8 @@ class PartMerge:
                 # The result has the dtype of this leaf and must not be rounded twice.
                 dtype = np.promote_types(dtype, np.float32)
             # While one leaf is computed, others are checked or wait to be written.
-            memory, placed = self._memory // WORKERS, self._placed.get(name)
-            return StoredLeaf(checkpoint, name, memory, dtype, placed)
+            placed = self._placed.get(name)
+            return StoredLeaf(checkpoint, name, memory // WORKERS, dtype, placed)
 
         def leaves(checkpoint: Checkpoint) -> dict[str, StoredLeaf]:
             return {name: stored(checkpoint, name) for name in part.merged}
