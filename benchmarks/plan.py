@@ -40,6 +40,7 @@ METHODS = (
     *("average", "task_arithmetic", "ties", "dare"),
     *("slerp", "sce", "tsv_merge", "sftm"),
 )
+LARGE_METHODS = ("average", "task_arithmetic", "ties", "dare", "sce", "tsv_merge")
 LIMITS = (200_000_000, 2_000_000_000)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -231,7 +232,7 @@ def measured():
 def large():
     with tempfile.TemporaryDirectory() as root:
         write_large(Path(root), 32)
-        each = plans(Path(root), METHODS[:-1], (8,), CLUSTERS)
+        each = plans(Path(root), LARGE_METHODS, (8,), CLUSTERS)
         few = {"16 x v5e": ({"data": 4, "model": 4}, 2, "v5e"), **CLUSTERS}
         del few["16 x H100"]
         grown = plans(Path(root), ("average", "ties"), (2, 8, 32), few)
