@@ -16,6 +16,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jaxmerge
+from jaxmerge import hosts, merging
 from jaxmerge.checkpoints import CheckpointError, LeafWriter, save
 from jaxmerge.checkpoints.journal import Journal, completed
 from jaxmerge.merging import MEMORY as DEFAULT_MEMORY
@@ -382,6 +383,32 @@ def test_an_error_in_one_of_two_processes(runs, tmp_path):
     assert "process 1 failed" in first[0]
     assert "(math) has 1 NaN" in second[0]
     assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize(
+    ("owner", "step"),
+    [
+        *((merging, step) for step in ("resolve", "open_writer", "merge_report")),
+        *((LeafWriter, step) for step in ("write", "complete", "add_file")),
+    ],
+)
+def test_other_processes_are_told_of_an_error(runs, tmp_path, monkeypatch, owner, step):
+    told, error = [], OSError(f"{step} fails")
+
+    def fail(*arguments, **options):
+        raise error
+
+    def agree(raised=None):
+        told.append(raised)
+        if raised is not None:
+            raise raised
+
+    monkeypatch.setattr(owner, step, fail)
+    monkeypatch.setattr(hosts, "agree", agree)
+    with pytest.raises(OSError, match=f"{step} fails"):
+        merge_checkpoints(recipe_for(runs, "average"), tmp_path / "out")
+    assert told[-1] is error
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_input_that_changed_for_one_of_two_processes(runs, tmp_path):
