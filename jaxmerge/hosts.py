@@ -55,7 +55,11 @@ def agree(error: BaseException | None = None) -> None:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """A block of code that, if it fails in one process, fails in all."""
+    """A block of code that, if it fails in one process, fails in all.
+
+    There is none in another one: a process that failed between them would wait at the
+    end of the outer one while the others wait at the inner one.
+    """
     try:
         yield
     except Exception as error:

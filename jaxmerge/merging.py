@@ -7,9 +7,9 @@ value is read. A merge that was interrupted goes on where it was when it is run 
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -50,7 +50,7 @@ def merge_checkpoints(
     *,
     memory: int = MEMORY,
     mesh: Mesh | None = None,
-    rules: Rules = MappingProxyType({}),
+    rules: Rules | None = None,
     sha256: _Digests | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -61,7 +61,8 @@ def merge_checkpoints(
     with `scope: model`, say) is refused if they do not fit.
 
     If the process dies, or is interrupted, the same merge into the same output goes on
-    with the leaves that are not there yet.
+    with the leaves that are not there yet. Until it is finished nothing takes away what
+    is there: no other error, and no merge that is refused.
 
     On a mesh, leaves are spread over its devices. Several processes that have called
     `jax.distributed.initialize` all call this, with a mesh of all their devices: each
@@ -88,7 +89,8 @@ def merge_checkpoints(
         CheckpointError: an input is missing or damaged, the disk is too small, or the
             beginning of another merge into `out` is there.
         MergeError: leaves that are not alike, options that do not fit, or a result
-            that is not finite. Nothing is left behind.
+            that is not finite. Nothing is left behind but what an interrupted merge had
+            written.
         OtherHostError: another process raised one of these.
 
     Example:
@@ -103,42 +105,42 @@ def merge_checkpoints(
         ([0.5, 0.5], {'merged': 1})
     """
     started = time.perf_counter()
-    if os.path.lexists(out):
-        raise FileExistsError(
-            f"{out} exists already; remove it or choose another name."
+    with hosts.together():
+        if os.path.lexists(out):
+            raise FileExistsError(
+                f"{out} exists already; remove it or choose another name."
+            )
+        plan = resolve(recipe)
+        merges = [PartMerge(part, memory, mesh, rules or {}) for part in plan.parts]
+        opened = open_writer(
+            out,
+            plan.written,
+            plan.format,
+            max_shard_bytes=plan.max_shard_bytes,
+            identity=identity(plan, memory, mesh),
+            process=jax.process_index(),
+            agree=None if jax.process_count() == 1 else hosts.agree,
         )
-    plan = resolve(recipe)
-    merges = [PartMerge(part, memory, mesh, rules) for part in plan.parts]
-    with open_writer(
-        out,
-        plan.written,
-        plan.format,
-        max_shard_bytes=plan.max_shard_bytes,
-        identity=_identity(plan, mesh),
-        process=jax.process_index(),
-        agree=None if jax.process_count() == 1 else hosts.agree,
-    ) as writer:
-        digests = in_background(lambda: _hash(plan, writer))
-        _go_on(writer, digests.result)
-        if sha256 is not None:
-            _check_same(sha256, digests.result())
+    with opened as writer:
+        with hosts.together():
+            digests = _hash_and_go_on(plan, writer, sha256)
         output = _Output(writer, progress)
         for merge in merges:
             output.add(merge)
-        for name, content in plan.sidecars.items():
-            writer.add_file(name, content)
-        report = merge_report(
-            plan,
-            output.reports(merges),
-            {
-                path: files
-                for share in hosts.gather(digests.result())
-                for path, files in share.items()
-            },
-            seconds=time.perf_counter() - started,
-        )
-        writer.add_file(REPORT_NAME, as_json(report))
-        writer.add_file("README.md", model_card(plan).encode())
+        with hosts.together():
+            share = digests.result()
+        squares, shares = zip(*hosts.gather([output.squares, share]), strict=True)
+        with hosts.together():
+            report = merge_report(
+                plan,
+                _leaf_reports(merges, squares),
+                {path: files for each in shares for path, files in each.items()},
+                seconds=time.perf_counter() - started,
+            )
+            for name, content in plan.sidecars.items():
+                writer.add_file(name, content)
+            writer.add_file(REPORT_NAME, as_json(report))
+            writer.add_file("README.md", model_card(plan).encode())
     return report
 
 
@@ -166,18 +168,22 @@ def resolve(recipe: Recipe | MergekitRecipe) -> Plan:
 
 
 class _Output:
-    """What is written of an output, and what there is to say about it."""
+    """What is written of an output.
+
+    Attributes:
+        squares: by leaf, the sums that `PartMerge.leaf` returns.
+    """
 
     def __init__(self, writer: LeafWriter, progress: Progress | None):
         self._writer, self._progress = writer, progress
-        self._squares = {n: note for n, note in writer.done.items() if n != _INPUTS}
+        self.squares = {n: note for n, note in writer.done.items() if n != _INPUTS}
         self._total = sum(info.nbytes for info in writer.leaves.values())
-        self._bytes = sum(writer.leaves[name].nbytes for name in self._squares)
+        self._bytes = sum(writer.leaves[name].nbytes for name in self.squares)
         self._telling = threading.Lock()
 
     def add(self, merge: PartMerge) -> None:
         """Writes all leaves of a part that are not there."""
-        names = [name for name in merge.part.written if name not in self._squares]
+        names = [name for name in merge.part.written if name not in self.squares]
         if names:
             merge.start()
         stream(names, lambda name: self._add_leaf(merge, name))
@@ -190,30 +196,33 @@ class _Output:
                 if self._progress is not None:
                     self._progress(self._bytes, self._total, name)
 
-        self._squares[name] = merge.leaf(name, write)
-        self._writer.complete(name, self._squares[name])
-
-    def reports(self, merges: list[PartMerge]) -> dict[str, LeafReport]:
-        """What became of each leaf."""
-        shares = hosts.gather(self._squares)
-        reports = {}
-        for merge in merges:
-            steps, treatments = merge.part.steps, merge.treatments()
-            for name, step in steps.items():
-                norms = (None, None)
-                if step.treatment == "merged" and merge.part.inputs.base is not None:
-                    squares = np.array([share[name] for share in shares])
-                    norms = np.sqrt(squares.sum(axis=0)).tolist()
-                reports[name] = LeafReport(
-                    treatments[name],
-                    str(step.source.leaves[name].dtype),
-                    None if step.treatment == "skipped" else str(step.out.dtype),
-                    *norms,
-                )
-        return reports
+        self.squares[name] = merge.leaf(name, write)
+        with hosts.together():
+            self._writer.complete(name, self.squares[name])
 
 
-def _identity(plan: Plan, mesh: Mesh | None) -> dict[str, Any]:
+def _leaf_reports(
+    merges: list[PartMerge], shares: Sequence[Mapping[str, Any]]
+) -> dict[str, LeafReport]:
+    """What became of each leaf, from the sums of squares of all processes."""
+    reports = {}
+    for merge in merges:
+        steps, treatments = merge.part.steps, merge.treatments()
+        for name, step in steps.items():
+            norms = (None, None)
+            if step.treatment == "merged" and merge.part.inputs.base is not None:
+                squares = np.array([share[name] for share in shares])
+                norms = np.sqrt(squares.sum(axis=0)).tolist()
+            reports[name] = LeafReport(
+                treatments[name],
+                str(step.source.leaves[name].dtype),
+                None if step.treatment == "skipped" else str(step.out.dtype),
+                *norms,
+            )
+    return reports
+
+
+def identity(plan: Plan, memory: int, mesh: Mesh | None) -> dict[str, Any]:
     """What tells this merge from others into the same output, apart from values."""
     return {
         "the recipe": [describe(part) for part in plan.parts],
@@ -222,10 +231,32 @@ def _identity(plan: Plan, mesh: Mesh | None) -> dict[str, Any]:
             for name, info in plan.written.items()
         },
         "the format": [plan.format, plan.max_shard_bytes],
+        # How many rows there are at a time can change the last bit of a sum.
+        "the memory": memory,
         "the mesh": None if mesh is None else dict(mesh.shape),
         "the number of processes": jax.process_count(),
         "the version of jaxmerge": jaxmerge.__version__,
     }
+
+
+def _hash_and_go_on(
+    plan: Plan, writer: LeafWriter, sha256: _Digests | None
+) -> Future[_Digests]:
+    """Hashes this process's share of the inputs, in the background if that can be.
+
+    Raises:
+        CheckpointError: they are not those that an interrupted merge read, or not those
+            of `sha256`.
+    """
+    if writer.done and _INPUTS not in writer.done:
+        # It did not come far enough to know what it read.
+        writer.start_anew()
+    digests = in_background(lambda: _hash(plan, writer))
+    if writer.done:
+        _check_unchanged(writer, digests.result())
+    if sha256 is not None:
+        _check_same(sha256, digests.result())
+    return digests
 
 
 def _hash(plan: Plan, writer: LeafWriter) -> _Digests:
@@ -238,15 +269,9 @@ def _hash(plan: Plan, writer: LeafWriter) -> _Digests:
     return digests
 
 
-def _go_on(writer: LeafWriter, digests: Callable[[], _Digests]) -> None:
+def _check_unchanged(writer: LeafWriter, now: _Digests) -> None:
     """Makes sure that what an interrupted merge wrote comes from these inputs."""
-    if not writer.done:
-        return
-    before = writer.done.get(_INPUTS)
-    if before is None:
-        # It did not come far enough to know what it read.
-        writer.start_anew()
-    elif before != (now := digests()):
+    if (before := writer.done[_INPUTS]) != now:
         raise CheckpointError(
             f"{_changed(before, now)} is not what it was when the merge into "
             f"{writer.path} was interrupted. Bring it back, or remove what was "
@@ -263,4 +288,4 @@ def _check_same(before: _Digests, now: _Digests) -> None:
 
 
 def _changed(before: _Digests, now: _Digests) -> str:
-    return next(path for path in now if now[path] != before.get(path))
+    return next(x for x in {**now, **before} if now.get(x) != before.get(x))

@@ -69,9 +69,12 @@ class StoredLeaf:
 
 def stream(names: Iterable[str], work: Callable[[str], None]) -> None:
     """Calls `work` for each name, some at a time; raises the first error there is."""
-    # Processes that compute together must do so in the same order.
-    workers = WORKERS if jax.process_count() == 1 else 1
-    with ThreadPoolExecutor(workers) as pool:
+    if jax.process_count() > 1:
+        # They compute together: in the same order, up to the same error.
+        for name in names:
+            work(name)
+        return
+    with ThreadPoolExecutor(WORKERS) as pool:
         tasks = [pool.submit(work, name) for name in names]
         try:
             wait(tasks, return_when=FIRST_EXCEPTION)

@@ -16,9 +16,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jaxmerge
-from jaxmerge.checkpoints import CheckpointError, Writer, save
-from jaxmerge.checkpoints.journal import completed
-from jaxmerge.merging import merge_checkpoints
+from jaxmerge import hosts, merging
+from jaxmerge.checkpoints import CheckpointError, LeafWriter, save
+from jaxmerge.checkpoints.journal import Journal, completed
+from jaxmerge.merging import MEMORY as DEFAULT_MEMORY
+from jaxmerge.merging import identity, merge_checkpoints, resolve
 from jaxmerge.planning import MergeError
 from jaxmerge.recipe_files import load_recipe
 from jaxmerge.recipes import Recipe
@@ -140,18 +142,18 @@ def run(script, *arguments, wait=True, **environment):
 # A slow disk makes sure that the merge is killed in its middle.
 SLOW_MERGE = """
     import sys, time
-    from jaxmerge.checkpoints import Writer, journal
+    from jaxmerge.checkpoints import LeafWriter, journal
     from jaxmerge.merging import merge_checkpoints
     from jaxmerge.recipe_files import load_recipe
 
     journal.SECONDS_BETWEEN_SYNCS = 0
-    write = Writer.write
+    write = LeafWriter.write
 
     def slowly(*arguments):
         time.sleep(0.5)
         write(*arguments)
 
-    Writer.write = slowly
+    LeafWriter.write = slowly
     merge_checkpoints(load_recipe(sys.argv[1]), sys.argv[2], memory=int(sys.argv[3]))
 """
 
@@ -163,9 +165,9 @@ def write_recipe(runs, tmp_path, text="method: ties"):
     return recipe
 
 
-def killed(runs, tmp_path):
+def killed(runs, tmp_path, text="method: ties"):
     """Kills a merge when one leaf or more are complete; the leaves that are."""
-    recipe = write_recipe(runs, tmp_path)
+    recipe = write_recipe(runs, tmp_path, text)
     process = run(SLOW_MERGE, recipe, tmp_path / "out", MEMORY, wait=False)
     journal = tmp_path / ".out.partial/journal-0.jsonl"
     deadline = time.monotonic() + 120
@@ -184,28 +186,81 @@ def _names_in(journal):
     return completed(journal) if journal.exists() else set()
 
 
-def test_a_killed_merge_goes_on(runs, tmp_path, monkeypatch):
-    before = killed(runs, tmp_path)
-    written, write = set(), Writer.write
+@pytest.fixture
+def written(monkeypatch):
+    """The leaves that merges write in this process."""
+    names, write = set(), LeafWriter.write
 
     def noted(self, name, *arguments):
-        written.add(name)
+        names.add(name)
         write(self, name, *arguments)
 
+    monkeypatch.setattr(LeafWriter, "write", noted)
+    return names
+
+
+@pytest.mark.parametrize("format", ["safetensors", "orbax"])
+def test_a_killed_merge_goes_on(runs, tmp_path, written, format):
+    before = killed(runs, tmp_path, f"method: ties\nformat: {format}")
     recipe = load_recipe(tmp_path / "recipe.yaml")
-    with monkeypatch.context() as patch:
-        patch.setattr(Writer, "write", noted)
-        report = merge_checkpoints(recipe, tmp_path / "out", memory=MEMORY)
+    report = merge_checkpoints(recipe, tmp_path / "out", memory=MEMORY)
     assert before
     assert written == report["leaves"].keys() - before
+    assert_undisturbed(recipe, tmp_path, report)
 
-    again = merge_checkpoints(recipe, tmp_path / "undisturbed", memory=MEMORY)
-    files = {path.name for path in (tmp_path / "out").iterdir()}
-    assert files == {"model.safetensors", "jaxmerge_report.json"}
-    weights = [tmp_path / name / "model.safetensors" for name in ("out", "undisturbed")]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+def assert_undisturbed(recipe, tmp_path, report):
+    """A merge that was interrupted ended like one that was not."""
+    undisturbed = tmp_path / "undisturbed"
+    again = merge_checkpoints(recipe, undisturbed, memory=MEMORY)
+    files = [
+        {path.name for path in directory.iterdir()}
+        for directory in (tmp_path / "out", undisturbed)
+    ]
+    assert files[0] == files[1]
+    assert_same(tmp_path / "out", jaxmerge.load(undisturbed))
     assert report["leaves"] == again["leaves"]
     assert not list(tmp_path.glob(".out*"))
+
+
+# As little is left to do as can be: further files are there, all is synced.
+DYING_MERGE = """
+    import os, sys
+    from pathlib import Path
+    from jaxmerge.checkpoints import LeafWriter
+    from jaxmerge.merging import merge_checkpoints
+    from jaxmerge.recipe_files import load_recipe
+
+    owner = LeafWriter if sys.argv[4].startswith("_") else Path
+    setattr(owner, sys.argv[4], lambda *arguments: os._exit(9))
+    merge_checkpoints(load_recipe(sys.argv[1]), sys.argv[2], memory=int(sys.argv[3]))
+"""
+
+
+def dies_at(step, runs, tmp_path):
+    recipe = write_recipe(runs, tmp_path, "method: task_arithmetic")
+    process = run(DYING_MERGE, recipe, tmp_path / "out", MEMORY, step, wait=False)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 9, errors
+    return load_recipe(recipe)
+
+
+@pytest.mark.parametrize("step", ["_finish", "_publish", "rename"])
+def test_a_merge_killed_near_its_end_goes_on(runs, tmp_path, written, step):
+    recipe = dies_at(step, runs, tmp_path)
+    assert (tmp_path / ".out.partial/README.md").exists()
+    report = merge_checkpoints(recipe, tmp_path / "out", memory=MEMORY)
+    if step != "_finish":  # From where on all leaves are known to be on disk.
+        assert not written
+    assert_undisturbed(recipe, tmp_path, report)
+
+
+def test_a_merge_killed_after_its_end_is_complete(runs, tmp_path):
+    recipe = dies_at("unlink", runs, tmp_path)
+    with pytest.raises(FileExistsError, match="exists already"):
+        merge_checkpoints(recipe, tmp_path / "out", memory=MEMORY)
+    merge_checkpoints(recipe, tmp_path / "undisturbed", memory=MEMORY)
+    assert_same(tmp_path / "out", jaxmerge.load(tmp_path / "undisturbed"))
 
 
 def test_another_recipe_does_not_go_on(runs, tmp_path):
@@ -215,12 +270,15 @@ def test_another_recipe_does_not_go_on(runs, tmp_path):
     )
     with pytest.raises(CheckpointError, match="the recipe changed since"):
         merge_checkpoints(other, tmp_path / "out", memory=MEMORY)
-    assert (tmp_path / ".out.partial").exists()
+    same = load_recipe(write_recipe(runs, tmp_path))
+    with pytest.raises(CheckpointError, match="the memory changed since"):
+        merge_checkpoints(same, tmp_path / "out")
+    assert (tmp_path / ".out.partial/model.safetensors").exists()
 
 
-def test_another_input_does_not_go_on(runs, tmp_path):
+def test_another_input_does_not_go_on(runs, tmp_path, written):
     copies = shutil.copytree(runs, tmp_path / "copies")
-    killed(copies, tmp_path)
+    before = killed(copies, tmp_path)
     weights = copies / "code/model.safetensors"
     stamp = weights.stat()
     changed = bytearray(weights.read_bytes())
@@ -231,15 +289,25 @@ def test_another_input_does_not_go_on(runs, tmp_path):
     with pytest.raises(CheckpointError, match="code is not what it was when the merge"):
         merge_checkpoints(recipe, tmp_path / "out", memory=MEMORY)
 
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    others = {"sha256": {str(copies / "base"): {"model.safetensors": "00"}}}
+    with pytest.raises(CheckpointError, match="base is not what was merged then"):
+        merge_checkpoints(recipe, tmp_path / "out", memory=MEMORY, **others)
 
-def test_a_merge_that_knew_no_hashes_starts_anew(runs, tmp_path):
+    merge_checkpoints(recipe, tmp_path / "out", memory=MEMORY)
+    assert before.isdisjoint(written)
+
+
+def test_a_merge_that_knew_no_hashes_starts_anew(runs, tmp_path, written):
     killed(runs, tmp_path)
     journal = tmp_path / ".out.partial/journal-0.jsonl"
     lines = journal.read_text().splitlines(True)
     journal.write_text("".join(x for x in lines if not x.startswith('["", ')))
-    merge_checkpoints(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "out")
-    merge_checkpoints(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "undisturbed")
-    assert_same(tmp_path / "out", jaxmerge.load(tmp_path / "undisturbed"))
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    report = merge_checkpoints(recipe, tmp_path / "out", memory=MEMORY)
+    assert written == report["leaves"].keys()
+    assert_undisturbed(recipe, tmp_path, report)
 
 
 def test_two_merges_into_one_place(runs, tmp_path):
@@ -250,6 +318,7 @@ def test_two_merges_into_one_place(runs, tmp_path):
         time.sleep(0.02)
     with pytest.raises(CheckpointError, match="is being written by another process"):
         merge_checkpoints(load_recipe(recipe), tmp_path / "out", memory=MEMORY)
+    assert (tmp_path / ".out.partial").exists()
     process.kill()
     process.communicate()
 
@@ -296,7 +365,8 @@ def test_two_processes_with_four_devices_each(runs, tmp_path, method):
         json.loads((tmp_path / name / "jaxmerge_report.json").read_text())
         for name in ("out", "alone")
     ]
-    assert reports[0]["models"] == reports[1]["models"]
+    for key in ("parts", "sha256"):
+        assert reports[0][key] == reports[1][key]
     norms = [report["totals"]["task_vector_norm"] for report in reports]
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
@@ -313,3 +383,52 @@ def test_an_error_in_one_of_two_processes(runs, tmp_path):
     assert "process 1 failed" in first[0]
     assert "(math) has 1 NaN" in second[0]
     assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize(
+    ("owner", "step"),
+    [
+        *((merging, step) for step in ("resolve", "open_writer", "merge_report")),
+        *((LeafWriter, step) for step in ("write", "complete", "add_file")),
+    ],
+)
+def test_other_processes_are_told_of_an_error(runs, tmp_path, monkeypatch, owner, step):
+    told, error = [], OSError(f"{step} fails")
+
+    def fail(*arguments, **options):
+        raise error
+
+    def agree(raised=None):
+        told.append(raised)
+        if raised is not None:
+            raise raised
+
+    monkeypatch.setattr(owner, step, fail)
+    monkeypatch.setattr(hosts, "agree", agree)
+    with pytest.raises(OSError, match=f"{step} fails"):
+        merge_checkpoints(recipe_for(runs, "average"), tmp_path / "out")
+    assert told[-1] is error
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_input_that_changed_for_one_of_two_processes(runs, tmp_path):
+    recipe = write_recipe(runs, tmp_path)
+    plan = resolve(load_recipe(recipe))
+    mesh = jax.make_mesh((8,), ("data",))
+    whole = identity(plan, DEFAULT_MEMORY, mesh) | {"the number of processes": 2}
+    digests = [(str(each.path), each.digest()) for each in plan.stored()]
+    digests[1] = digests[1][0], {"model.safetensors": "00"}
+    partial = tmp_path / ".out.partial"
+    partial.mkdir()
+    for number in range(2):
+        path = partial / f"journal-{number}.jsonl"
+        journal = Journal(path, whole, lambda: None)
+        journal.add("", dict(digests[number::2]))
+        journal.flush()
+        journal.close()
+    before = {path: path.read_text() for path in partial.iterdir()}
+    first, second = two_processes("merge", recipe, tmp_path / "out", "--mesh=data=8")
+    assert (first[1], second[1]) == (1, 1)
+    assert "process 1 failed" in first[0]
+    assert "is not what it was when the merge" in second[0]
+    assert {path: path.read_text() for path in partial.iterdir()} == before

@@ -26,6 +26,7 @@ class Journal:
         sync: called to bring values to disk before the journal says that they are.
 
     Attributes:
+        is_new: whether there was none before.
         done: name of a complete leaf -> the note on it.
 
     Raises:
@@ -34,42 +35,47 @@ class Journal:
 
     def __init__(self, path: Path, identity: Any, sync: Callable[[], None]):
         self.path, self._sync = path, sync
-        self._file = path.open("a+", encoding="utf-8")
-        try:
-            self._lock()
-            self.done = self._read(identity)
-        except BaseException:
-            self._file.close()
-            raise
         self._identity = identity
         self._pending: list[str] = []
         self._synced = time.monotonic()
-        self._adding = threading.Lock()
+        self._writing = threading.RLock()
+        self._file = path.open("a+", encoding="utf-8")
+        try:
+            self._lock()
+            lines = self._read()
+            self.is_new = not lines
+            self.done: dict[str, Any] = dict(json.loads(line) for line in lines[1:])
+        except BaseException:
+            self._file.close()
+            raise
 
     def start_anew(self) -> None:
         """Forgets what is complete."""
-        self.done.clear()
-        self._file.truncate(0)
-        self._append([json.dumps(self._identity)])
+        with self._writing:
+            self.done.clear()
+            self._file.truncate(0)
+            self._append([json.dumps(self._identity)])
 
     def add(self, name: str, note: Any) -> None:
         """Notes that a leaf is complete; sooner or later, as syncing takes time."""
-        with self._adding:
+        with self._writing:
             self._pending.append(json.dumps([name, note]))
             if time.monotonic() - self._synced >= SECONDS_BETWEEN_SYNCS:
                 self.flush()
 
     def flush(self) -> None:
         """Brings everything that is complete to disk."""
-        if self._pending:
-            self._sync()
-            self._append(self._pending)
-            self._pending = []
-        self._synced = time.monotonic()
+        with self._writing:
+            if self._pending:
+                self._sync()
+                self._append(self._pending)
+                self._pending = []
+            self._synced = time.monotonic()
 
     def close(self) -> None:
         """Lets go of the file."""
-        self._file.close()
+        with self._writing:
+            self._file.close()
 
     def _lock(self) -> None:
         try:
@@ -80,20 +86,23 @@ class Journal:
                 "it, or choose another name for the output."
             ) from None
 
-    def _read(self, identity: Any) -> dict[str, Any]:
+    def _read(self) -> list[str]:
+        """The lines that are there, of which the first is the identity."""
         self._file.seek(0)
+        text = self._file.read()
         # The last line is cut off where the writing of it was interrupted.
-        lines = [x for x in self._file.read().splitlines(True) if x.endswith("\n")]
-        self._file.seek(0)
-        self._file.truncate()
-        self._append([line.rstrip("\n") for line in lines] or [json.dumps(identity)])
-        if lines and json.loads(lines[0]) != json.loads(json.dumps(identity)):
+        whole = text[: text.rfind("\n") + 1]
+        lines = whole.splitlines()
+        if lines and json.loads(lines[0]) != json.loads(json.dumps(self._identity)):
             raise CheckpointError(
                 f"{self.path.parent} holds the beginning of another output of this "
-                f"name: {_difference(json.loads(lines[0]), identity)}. Go on with "
-                "that one as it was, or remove the directory to start anew."
+                f"name: {_difference(json.loads(lines[0]), self._identity)}. Go on "
+                "with that one as it was, or remove the directory to start anew."
             )
-        return dict(json.loads(line) for line in lines[1:])
+        self._file.truncate(len(whole.encode()))
+        if not lines:
+            self._append([json.dumps(self._identity)])
+        return lines
 
     def _append(self, lines: list[str]) -> None:
         self._file.write("".join(line + "\n" for line in lines))

@@ -5,7 +5,6 @@ any order, and the file is never in memory. It is, byte for byte, the one that
 `flax.serialization.to_bytes` makes.
 """
 
-import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 from jaxmerge.checkpoints.interface import CheckpointError, LeafInfo
 from jaxmerge.checkpoints.msgpack import FLAX_NAME
 from jaxmerge.checkpoints.names import nest
-from jaxmerge.checkpoints.output import LeafWriter, Part
+from jaxmerge.checkpoints.output import LeafWriter, Part, runs
 
 MAX_PIECE_BYTES = 2**30  # above which flax cuts arrays into pieces
 
@@ -43,6 +42,8 @@ class MsgpackWriter(LeafWriter):
         >>> msgpack_restore((path / FLAX_NAME).read_bytes())
         {'a': {'w': array([1, 1], dtype=int8)}}
     """
+
+    reserved = frozenset({FLAX_NAME})
 
     def __init__(
         self,
@@ -73,23 +74,20 @@ class MsgpackWriter(LeafWriter):
             file.truncate(self._nbytes)
 
     def _put(self, name: str, array: np.ndarray, part: Part) -> None:
-        # A flat byte view of C-ordered memory does not copy the leaf; tobytes would.
-        flat = np.ascontiguousarray(array).reshape(-1)
         with (self.unfinished / FLAX_NAME).open("r+b") as file:
-            done = 0
-            for run in _runs(self.leaves[name].shape, part):
-                self._write_run(file, name, run, flat[done : done + len(run)])
-                done += len(run)
+            for start, values in runs(self.leaves[name].shape, part, array):
+                self._write_run(file, name, start, values)
 
     def _write_run(
-        self, file: BinaryIO, name: str, run: range, values: np.ndarray
+        self, file: BinaryIO, name: str, start: int, values: np.ndarray
     ) -> None:
         for offset, entries in self._places[name]:
-            low, high = max(entries.start, run.start), min(entries.stop, run.stop)
+            low = max(entries.start, start)
+            high = min(entries.stop, start + values.size)
             if low < high:
                 file.seek(offset + (low - entries.start) * values.itemsize)
-                part = values[low - run.start : high - run.start]
-                file.write(part.view(np.uint8).data)
+                # tobytes would copy the values; a byte view does not.
+                file.write(values[low - start : high - start].view(np.uint8).data)
 
     def _unsynced(self) -> list[Path]:
         return [self.unfinished / FLAX_NAME]
@@ -100,21 +98,6 @@ class _Place(NamedTuple):
 
     offset: int
     entries: range
-
-
-def _runs(shape: tuple[int, ...], part: Part) -> Iterator[range]:
-    """The entries of a part, as stretches of the flattened array."""
-    if not part.shape:
-        yield range(1)
-        return
-    partial = [i for i, n in enumerate(shape) if part.shape[i] != n]
-    last = max(partial, default=0)
-    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    length = part.shape[last] * strides[last]
-    first = sum(i * stride for i, stride in zip(part.starts, strides, strict=True))
-    for outer in np.ndindex(*part.shape[:last]):
-        start = first + sum(i * n for i, n in zip(outer, strides, strict=False))
-        yield range(start, start + length)
 
 
 class _Leaf(NamedTuple):

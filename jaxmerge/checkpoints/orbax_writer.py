@@ -57,7 +57,7 @@ class OrbaxWriter(LeafWriter):
         [1, 1]
     """
 
-    reserved = frozenset({CHECKPOINT_METADATA, INDICATOR, COMMIT_NAME})
+    reserved = frozenset({ITEM, CHECKPOINT_METADATA, INDICATOR, COMMIT_NAME})
 
     def __init__(
         self,

@@ -1,9 +1,10 @@
 """What appears whole or not at all: the part of a writer that no format changes."""
 
+import math
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -13,7 +14,7 @@ import numpy as np
 from jaxmerge.checkpoints.interface import CheckpointError, Index, LeafInfo
 from jaxmerge.checkpoints.journal import Journal, completed
 
-_JOURNAL = "journal"
+_JOURNALS = "journal-{}.jsonl"
 
 
 class Part(NamedTuple):
@@ -38,9 +39,11 @@ class LeafWriter:
     several threads, for different leaves.
 
     A writer with an `identity` can be interrupted: if its process dies, the next writer
-    of the same output and identity goes on with the leaves that are not complete.
+    of the same output and identity goes on with the leaves that are not complete. If
+    that one fails, whatever the reason, what it found stays for yet another.
 
-    A format says with `_create`, `_put` and `_conclude` what goes into the directory.
+    A format says with `reserved`, `_create`, `_put` and `_conclude` what goes into the
+    directory.
 
     Args:
         out_dir: the directory to create; it must not exist.
@@ -61,8 +64,8 @@ class LeafWriter:
             another identity is there.
     """
 
-    reserved: frozenset[str] = frozenset()
-    """Files in the directory that are the format's own."""
+    reserved: frozenset[str]
+    """What the directory holds of the format's own, by name."""
 
     def __init__(
         self,
@@ -85,6 +88,7 @@ class LeafWriter:
         self._process, self._agree = process, agree or _raise
         self._alone = agree is None
         self._journal: Journal | None = None
+        self._removable = False
         self.done: Mapping[str, Any] = {}
         ending = "writing-" + uuid.uuid4().hex[:8] if identity is None else "partial"
         self.unfinished = self.path.with_name(f".{self.path.name}.{ending}")
@@ -187,12 +191,12 @@ class LeafWriter:
             self._together(self._open if self._process == 0 else _nothing)
             if self._identity is not None:
                 self._together(self._open_journal)
-                self._go_on()
+                # No process writes on before all have read what is complete.
+                self._together(self._go_on)
             if not self.done:
                 self._together(self._create if self._process == 0 else _nothing)
-        except BaseException as error:
-            # What another merge has begun stays; so does what can be finished later.
-            self._close(keep=self._identity is not None and _is_refusal(error))
+        except BaseException:
+            self._close(keep=False)
             raise
         return self
 
@@ -208,18 +212,28 @@ class LeafWriter:
     def _open(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.unfinished.mkdir(exist_ok=self._identity is not None)
+        self._removable = self._identity is None
 
     def _open_journal(self) -> None:
-        path = self.unfinished / f"{_JOURNAL}-{self._process}.jsonl"
+        path = self.unfinished / _JOURNALS.format(self._process)
         self._journal = Journal(path, self._identity, self._sync_values)
+        # A directory with a journal was begun by another writer, which may be alive.
+        self._removable = self._journal.is_new
 
     def _go_on(self) -> None:
         """Finds out what all processes have completed."""
         assert self._journal is not None
-        journals = self.unfinished.glob(f"{_JOURNAL}-*.jsonl")
-        complete = set.intersection(*(completed(path) for path in journals))
+        complete = set.intersection(*map(completed, _journals(self.unfinished)))
         self.done = {n: x for n, x in self._journal.done.items() if n in complete}
         self._missing |= dict.fromkeys(self.leaves.keys() & complete, 0)
+        if self._process == 0:
+            self._remove_further_files()
+
+    def _remove_further_files(self) -> None:
+        """They are added again: they may be half written, or not wanted any more."""
+        for path in set(self.unfinished.iterdir()) - _journals(self.unfinished):
+            if path.name not in self.reserved:
+                path.unlink()
 
     def __exit__(
         self,
@@ -240,7 +254,7 @@ class LeafWriter:
     def _close(self, keep: bool) -> None:
         if self._journal is not None:
             self._journal.close()
-        if not keep and self._process == 0:
+        if self._removable and not keep and self._process == 0:
             shutil.rmtree(self.unfinished, ignore_errors=True)
 
     def _finish(self) -> None:
@@ -249,8 +263,10 @@ class LeafWriter:
             more = f" and {len(missing) - 1} more" if missing[1:] else ""
             raise CheckpointError(
                 f"Leaf {missing[0]!r}{more} of {self.path} was never written; "
-                "the incomplete output was removed."
+                "write all leaves that were announced."
             )
+        if self._journal is not None:
+            self._journal.flush()
         self._sync_values()
 
     def _sync_values(self) -> None:
@@ -259,14 +275,16 @@ class LeafWriter:
 
     def _publish(self) -> None:
         self._conclude()
-        for journal in self.unfinished.glob(f"{_JOURNAL}-*.jsonl"):
-            journal.unlink()
         for path in self.unfinished.rglob("*"):
             _sync(path)
         _sync(self.unfinished)
         self._refuse_existing()
         self.unfinished.rename(self.path)
+        self._removable = False  # A directory of this name is another writer's now.
         _sync(self.path.parent)
+        # Last of all: without them, nobody could go on with what is complete.
+        for journal in _journals(self.path):
+            journal.unlink()
 
     def _refuse_existing(self) -> None:
         if os.path.lexists(self.path):
@@ -295,8 +313,42 @@ def _nothing() -> None:
     pass
 
 
-def _is_refusal(error: BaseException) -> bool:
-    return isinstance(error, CheckpointError)
+def runs(
+    shape: tuple[int, ...], part: Part, array: np.ndarray
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Cuts the values of a part into stretches of the flattened whole.
+
+    Several hosts can write them into one file, as nothing between them is touched; of a
+    file mapped into memory, whole pages would be written.
+
+    Args:
+        shape: of the whole.
+        part: where in it `array` is.
+        array: values of the shape of the part, in any memory layout.
+
+    Yields:
+        The first entry of a stretch, and its values: a flat view, no copy, if the array
+        is in C order.
+
+    Example:
+        >>> columns = Part((0, 1), (2, 2))
+        >>> [(i, x.tolist()) for i, x in runs((2, 4), columns, np.ones((2, 2)))]
+        [(1, [1.0, 1.0]), (5, [1.0, 1.0])]
+    """
+    flat = np.ascontiguousarray(array).reshape(-1)
+    partial = [axis for axis, n in enumerate(shape) if part.shape[axis] != n]
+    last = max(partial, default=0)
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    length = math.prod(part.shape[last:])
+    first = sum(i * stride for i, stride in zip(part.starts, strides, strict=True))
+    for done, outer in enumerate(np.ndindex(*part.shape[:last])):
+        start = first + sum(i * n for i, n in zip(outer, strides, strict=False))
+        yield start, flat[done * length : (done + 1) * length]
+
+
+def _journals(directory: Path) -> set[Path]:
+    """The journals of all processes."""
+    return set(directory.glob(_JOURNALS.format("*")))
 
 
 def _part(shape: tuple[int, ...], index: Index) -> Part:

@@ -2,17 +2,16 @@
 
 import errno
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from jaxmerge.checkpoints.huggingface import INDEX_NAME, WEIGHTS_NAME
 from jaxmerge.checkpoints.interface import CheckpointError, LeafInfo
-from jaxmerge.checkpoints.output import LeafWriter, Part
+from jaxmerge.checkpoints.output import LeafWriter, Part, runs
 from jaxmerge.checkpoints.safetensors import DTYPE_NAMES, DTYPES, Layout, lay_out
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -44,8 +43,6 @@ class Writer(LeafWriter):
         ['config.json', 'model.safetensors']
     """
 
-    reserved = frozenset({INDEX_NAME})
-
     def __init__(
         self,
         out_dir: str | os.PathLike[str],
@@ -64,6 +61,7 @@ class Writer(LeafWriter):
         self._shards = _plan_shards(
             self.leaves, max_shard_bytes, _checked_metadata(metadata)
         )
+        self.reserved = frozenset({INDEX_NAME, *self._shards})
         self._places = {
             name: _Place(file_name, offset)
             for file_name, layout in self._shards.items()
@@ -77,16 +75,9 @@ class Writer(LeafWriter):
     def _put(self, name: str, array: np.ndarray, part: Part) -> None:
         info = self.leaves[name]
         place = self._places[name]
-        path = self.unfinished / place.file_name
-        if part.shape[1:] == info.shape[1:]:
-            row = math.prod(part.shape[1:]) * info.dtype.itemsize
-            # tobytes would copy; a flat byte view of C-ordered memory does not.
-            flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-            _write_at(path, place.offset + sum(part.starts[:1]) * row, flat.data)
-        elif array.size:
-            kwargs = {"mode": "r+", "offset": place.offset, "shape": info.shape}
-            file = np.memmap(path, np.dtype(f"u{info.dtype.itemsize}"), **kwargs)
-            file[part.slices] = np.ascontiguousarray(array).view(file.dtype)
+        with (self.unfinished / place.file_name).open("r+b") as file:
+            for start, values in runs(info.shape, part, array):
+                _write_at(file, place.offset + start * values.itemsize, values)
 
     def _conclude(self) -> None:
         if len(self._shards) > 1:
@@ -163,7 +154,7 @@ def _create_file(path: Path, layout: Layout) -> None:
         file.truncate(layout.nbytes)
 
 
-def _write_at(path: Path, offset: int, data: memoryview) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        file.write(data)
+def _write_at(file: BinaryIO, offset: int, values: np.ndarray) -> None:
+    file.seek(offset)
+    # tobytes would copy the values; a byte view does not.
+    file.write(values.view(np.uint8).data)

@@ -115,11 +115,16 @@ def test_threads_may_write(tmp_path, format):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_leaves_may_be_written_in_parts(tmp_path, monkeypatch, format):
+    """By writes of their bytes alone, as other hosts write those between them."""
     monkeypatch.setattr(orbax_writer, "MAX_CHUNK_BYTES", 64)
     monkeypatch.setattr(msgpack_writer, "MAX_PIECE_BYTES", 50)
     array = np.arange(11 * 3 * 5, dtype=np.int16).reshape(11, 3, 5)
     arrays = {"rows": array, "columns": array, "middle": array, "line": array[0, 0]}
-    with open_writer(tmp_path / "out", infos(arrays), format) as writer:
+    with (
+        monkeypatch.context() as patch,
+        open_writer(tmp_path / "out", infos(arrays), format) as writer,
+    ):
+        patch.setattr(np, "memmap", None)
         for name, axis, ends in (
             *(("rows", 0, (4, 5, 9, 11)), ("columns", 2, (2, 5))),
             *(("middle", 1, (1, 3)), ("line", 0, (4, 5))),
@@ -147,13 +152,20 @@ def test_an_interrupted_writer_goes_on(tmp_path, format):
         writer.write("a", arrays["a"])
         writer.complete("a", "note")
         writer.write("b", np.full((2, 2), 9.0), (slice(0, 2),))
+        writer.add_file("config.json", b"half of i")
+        writer.add_file("old.json", b"not wanted any more")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         write(interrupted)
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
-    resumed = write(lambda writer: writer.write("b", arrays["b"]))
+    resumed = write(
+        lambda writer: writer.write("b", arrays["b"]),
+        lambda writer: writer.add_file("config.json", b"all of it"),
+    )
     assert resumed.done == {"a": "note"}
+    assert (tmp_path / "out/config.json").read_bytes() == b"all of it"
+    assert not (tmp_path / "out/old.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert_same(open_checkpoint(tmp_path / "out"), arrays)
 
