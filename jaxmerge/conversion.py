@@ -1,12 +1,13 @@
 """Converts checkpoints between formats, names and dtypes, leaf by leaf."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from jaxmerge.checkpoints import (
     Checkpoint,
     Index,
     LeafInfo,
+    Progress,
     open_checkpoint,
     open_writer,
 )
@@ -14,9 +15,6 @@ from jaxmerge.checkpoints.files import config_with_dtype
 from jaxmerge.checkpoints.stacking import stack_layers, unstack_layers
 from jaxmerge.checkpoints.views import cast
 from jaxmerge.renaming import Rule, load_rules, rename
-
-Progress = Callable[[int, int, str], None]
-"""Called with the bytes written so far, those of the whole output, and the leaf."""
 
 BLOCK_BYTES = 128 * 2**20
 

@@ -18,24 +18,26 @@ from jax.sharding import Mesh
 
 import jaxmerge
 from jaxmerge import hosts
-from jaxmerge.checkpoints import REPORT_NAME, CheckpointError, LeafWriter, open_writer
-from jaxmerge.checkpoints.files import config_with_dtype
+from jaxmerge.checkpoints import (
+    REPORT_NAME,
+    CheckpointError,
+    LeafWriter,
+    Progress,
+    open_writer,
+)
+from jaxmerge.checkpoints.files import as_json, config_with_dtype
 from jaxmerge.mergekit import MergekitRecipe
 from jaxmerge.parts import PartMerge, Rules
 from jaxmerge.planning import Part, Plan, open_inputs, plan_leaves
 from jaxmerge.recipes import Recipe
 from jaxmerge.reports import (
     LeafReport,
-    as_json,
     describe,
     in_background,
     merge_report,
     model_card,
 )
 from jaxmerge.streaming import stream
-
-Progress = Callable[[int, int, str], None]
-"""Called with the bytes written so far, those of the whole output, and the leaf."""
 
 _Digests = Mapping[str, Mapping[str, str]]
 """By path of a checkpoint and name of a file, the SHA-256."""

@@ -1,7 +1,6 @@
 """What a merge did, as it is written next to the weights."""
 
 import datetime
-import json
 import math
 import platform
 import threading
@@ -143,11 +142,6 @@ Made with jaxmerge {version}, by {methods}:
 jaxmerge merge --from-report {report} again
 ```
 """
-
-
-def as_json(content: Any) -> bytes:
-    """JSON as it is put into files."""
-    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def sum_of_squares(array: np.ndarray, minus: np.ndarray | None = None) -> float:

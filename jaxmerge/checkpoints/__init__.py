@@ -19,6 +19,7 @@ from jaxmerge.checkpoints.interface import (
     CheckpointError,
     Index,
     LeafInfo,
+    Progress,
 )
 from jaxmerge.checkpoints.msgpack import FLAX_NAME, open_msgpack
 from jaxmerge.checkpoints.names import flatten, nest
@@ -39,6 +40,7 @@ __all__ = [
     "Index",
     "LeafInfo",
     "LeafWriter",
+    "Progress",
     "Writer",
     "is_adapter",
     "load",

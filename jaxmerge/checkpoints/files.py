@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxmerge.checkpoints.interface import CheckpointError
 
@@ -86,7 +87,14 @@ def config_with_dtype(path: Path, dtype: str) -> bytes:
         raise CheckpointError(f"{path} is not JSON ({error}); repair it.") from error
     for key in {"torch_dtype", "dtype"} & config.keys():
         config[key] = dtype
-    return (json.dumps(config, indent=2) + "\n").encode()
+    return as_json(config)
+
+
+def as_json(content: Any) -> bytes:
+    """JSON as it is put into files that people read, too."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    # Half a character, which names of files may have, is written as JSON has it.
+    return text.encode(errors="backslashreplace")
 
 
 def sha256_of(paths: Iterable[Path], root: Path | None = None) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """What every format offers: leaves known without reading, then read one by one."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import EllipsisType
 from typing import NamedTuple, Protocol
@@ -10,6 +10,9 @@ import ml_dtypes
 import numpy as np
 
 Index = tuple[slice, ...] | EllipsisType
+
+Progress = Callable[[int, int, str], None]
+"""Called with the bytes done so far, those of all leaves, and the name of the leaf."""
 
 FLOATS = tuple(
     np.dtype(kind) for kind in (ml_dtypes.bfloat16, "float16", "float32", "float64")

@@ -12,7 +12,7 @@ import numpy as np
 
 import jaxmerge
 from jaxmerge import streaming
-from jaxmerge.checkpoints import Checkpoint, Writer
+from jaxmerge.checkpoints import Checkpoint, Progress, Writer
 from jaxmerge.compression.files import (
     BASE_NAME,
     LEAVES_NAME,
@@ -23,8 +23,8 @@ from jaxmerge.compression.files import (
     StoreError,
     VectorFile,
     as_bytes,
-    as_json,
     check_space,
+    compact_json,
     digest,
     file_info,
     part_bytes,
@@ -37,9 +37,9 @@ from jaxmerge.compression.kinds import (
     KINDS,
     WHOLE,
     Deltas,
+    LeafLayout,
     Options,
     Parts,
-    StoredLeaf,
     checked_options,
     in_order,
     options_of_task,
@@ -57,7 +57,7 @@ from jaxmerge.compression.sources import (
     checked_name,
     open_source,
 )
-from jaxmerge.compression.writing import NewTask, Progress, changes, precision
+from jaxmerge.compression.writing import NewTask, changes
 from jaxmerge.reports import in_background
 from jaxmerge.tree import Params, is_float
 
@@ -168,12 +168,12 @@ def create_store(
                 "made": _made(start, hashes.result()[""]),
             }
         )
-        (hidden / STORE_NAME).write_bytes(as_json(document))
+        (hidden / STORE_NAME).write_bytes(compact_json(document))
         order = [leaf.name for leaf in leaves]
         for name, task in tasks.items():
             made = _made(sources[name], hashes.result()[name])
             listed = task.document(kind, document["seal"], order, made)
-            (hidden / TASKS_NAME / name / TASK_NAME).write_bytes(as_json(listed))
+            (hidden / TASKS_NAME / name / TASK_NAME).write_bytes(compact_json(listed))
 
 
 def add_task(
@@ -225,7 +225,7 @@ def add_task(
         for leaf in files.leaves.values():
             start, value = files.read_base(leaf.name), source.read(leaf.name)
             done += start.nbytes
-            with precision(leaf):
+            with streaming.precision(leaf.is_double):
                 delta = changes(leaf, start, value, name)
                 if delta is not None:
                     shared = files.read_shared(leaf.name)
@@ -237,13 +237,13 @@ def add_task(
         listed = task.document(
             files.kind, files.document["seal"], list(files.leaves), made
         )
-        (hidden / TASK_NAME).write_bytes(as_json(listed))
+        (hidden / TASK_NAME).write_bytes(compact_json(listed))
 
 
 class _LeafTasks(NamedTuple):
     """A leaf of the base and of all models, with the task vectors that are not zero."""
 
-    leaf: StoredLeaf
+    leaf: LeafLayout
     base: np.ndarray
     values: Mapping[str, np.ndarray]
     deltas: Deltas
@@ -252,7 +252,7 @@ class _LeafTasks(NamedTuple):
 def _measure(
     kind: str,
     options: Options,
-    leaves: list[StoredLeaf],
+    leaves: list[LeafLayout],
     base: Checkpoint,
     models: Mapping[str, Checkpoint],
 ) -> Any:
@@ -278,7 +278,7 @@ def _measure(
 
 
 def _read_leaves(
-    leaves: list[StoredLeaf],
+    leaves: list[LeafLayout],
     base: Checkpoint,
     models: Mapping[str, Checkpoint],
 ) -> Iterator[_LeafTasks]:
@@ -286,7 +286,7 @@ def _read_leaves(
     for leaf in leaves:
         start = base.read(leaf.name)
         values = {name: model.read(leaf.name) for name, model in models.items()}
-        with precision(leaf):
+        with streaming.precision(leaf.is_double):
             deltas = {n: changes(leaf, start, value, n) for n, value in values.items()}
             moved = {name: delta for name, delta in deltas.items() if delta is not None}
             yield _LeafTasks(leaf, start, values, moved)
@@ -296,7 +296,7 @@ def _write_leaves(
     hidden: Path,
     kind: str,
     options: Options,
-    leaves: list[StoredLeaf],
+    leaves: list[LeafLayout],
     base: Checkpoint,
     models: Mapping[str, Checkpoint],
     tasks: Mapping[str, NewTask],
@@ -367,7 +367,7 @@ def _shared_parts(
 
 
 def _most_bytes(
-    kind: str, options: Options, leaves: list[StoredLeaf], tasks: int
+    kind: str, options: Options, leaves: list[LeafLayout], tasks: int
 ) -> int:
     """The size of the store if every task changes every leaf."""
     total = 0

@@ -67,11 +67,11 @@ def as_bytes(array: np.ndarray) -> np.ndarray:
 
 def seal(document: Mapping[str, Any]) -> dict[str, Any]:
     """The document with the digest of itself."""
-    return {**document, _SEAL: digest(as_json(document))}
+    return {**document, _SEAL: digest(compact_json(document))}
 
 
-def as_json(document: Mapping[str, Any]) -> bytes:
-    """The bytes that `unsealed` reads, without any space to spare."""
+def compact_json(document: Mapping[str, Any]) -> bytes:
+    """JSON without any space to spare, as stores keep and seal it."""
     return json.dumps(document, separators=(",", ":")).encode()
 
 

@@ -50,7 +50,7 @@ CALLER = "create_store"
 WHOLE = "whole"
 
 
-class StoredLeaf(NamedTuple):
+class LeafLayout(NamedTuple):
     """A leaf, and how tasks keep what they change of it.
 
     Attributes:
@@ -74,6 +74,11 @@ class StoredLeaf(NamedTuple):
         """The dtype of numbers about the leaf: float32, or wider if it is."""
         return np.promote_types(self.info.dtype, np.float32)
 
+    @property
+    def is_double(self) -> bool:
+        """Whether arithmetic with it needs float64, which JAX has off."""
+        return self.info.dtype == np.float64
+
 
 class Kind(NamedTuple):
     """What a store of one kind keeps, and how it makes leaves of it.
@@ -95,11 +100,11 @@ class Kind(NamedTuple):
 
     summary: str
     defaults: Options
-    parts: Callable[[StoredLeaf, Options], dict[str, LeafInfo]]
-    encode: Callable[[StoredLeaf, Array, Parts, Options], Parts]
-    decode: Callable[[StoredLeaf, Any, Parts, Parts, float], Any]
-    share: Callable[[StoredLeaf, Deltas, Options, Any], Parts] | None = None
-    shared: Callable[[StoredLeaf, Options], dict[str, LeafInfo]] = lambda leaf, _: {}
+    parts: Callable[[LeafLayout, Options], dict[str, LeafInfo]]
+    encode: Callable[[LeafLayout, Array, Parts, Options], Parts]
+    decode: Callable[[LeafLayout, Any, Parts, Parts, float], Any]
+    share: Callable[[LeafLayout, Deltas, Options, Any], Parts] | None = None
+    shared: Callable[[LeafLayout, Options], dict[str, LeafInfo]] = lambda leaf, _: {}
     measure: Callable[[Params, Mapping[str, Params], Options], Any] = (
         lambda base, models, options: None
     )
@@ -113,20 +118,20 @@ def in_order(leaves: Mapping[str, LeafInfo]) -> list[str]:
 
 def plan_leaf(
     kind: str, name: str, info: LeafInfo, options: Options, tasks: int
-) -> StoredLeaf:
+) -> LeafLayout:
     """Decides how a leaf is kept.
 
     Raises:
         ValueError: no rule says which axes of a leaf are inputs and which are outputs.
     """
     if not is_float(info):
-        return StoredLeaf(name, info, whole=True)
+        return LeafLayout(name, info, whole=True)
     if "stack_axes" not in KINDS[kind].defaults:
-        return StoredLeaf(name, info)
+        return LeafLayout(name, info)
     stacked = options["stack_axes"]
     if not KINDS[kind].by_matrix:
         stack = units_of(Leaf(CALLER, name, info.shape, tasks), stacked)
-        return StoredLeaf(name, info, axes=MatrixAxes(stack, (), ()))
+        return LeafLayout(name, info, axes=MatrixAxes(stack, (), ()))
     try:
         axes = leaf_axes(name, info.shape, options["matrices"], stacked)
     except ValueError as error:
@@ -134,10 +139,10 @@ def plan_leaf(
             f"{CALLER}: {error} Such rules are the option `matrices`."
         ) from None
     if not axes.is_matrix:
-        return StoredLeaf(name, info, whole=True, axes=axes)
+        return LeafLayout(name, info, whole=True, axes=axes)
     full = min(matrix_shape(info.shape, axes)[-2:])
     rank = min(full, options.get("rank") or max(1, full // tasks))
-    return StoredLeaf(name, info, axes=axes, rank=rank)
+    return LeafLayout(name, info, axes=axes, rank=rank)
 
 
 def checked_options(kind: str, given: Options, tasks: Collection[str]) -> Options:
@@ -196,11 +201,11 @@ def options_of_task(options: Options, task: str) -> Options:
     return options
 
 
-def _one_vector(leaf: StoredLeaf, options: Options) -> dict[str, LeafInfo]:
+def _one_vector(leaf: LeafLayout, options: Options) -> dict[str, LeafInfo]:
     return {WHOLE: leaf.info}
 
 
-def _mask_parts(leaf: StoredLeaf, options: Options) -> dict[str, LeafInfo]:
+def _mask_parts(leaf: LeafLayout, options: Options) -> dict[str, LeafInfo]:
     return {"bits": LeafInfo(leaf.info.shape, np.dtype(bool))}
 
 
@@ -220,7 +225,7 @@ def _tall_measure(
 
 
 def _tall_share(
-    leaf: StoredLeaf, deltas: Deltas, options: Options, measured: _Mixture
+    leaf: LeafLayout, deltas: Deltas, options: Options, measured: _Mixture
 ) -> Parts:
     tasks, vector = measured
     unchanged = jnp.zeros_like(next(iter(deltas.values())))
@@ -238,7 +243,7 @@ def _mixed(
 
 
 def _tall_encode(
-    leaf: StoredLeaf, delta: Array, shared: Parts, options: Options
+    leaf: LeafLayout, delta: Array, shared: Parts, options: Options
 ) -> Parts:
     return {"bits": _localised(delta, shared[WHOLE], options["threshold"])}
 
@@ -249,13 +254,13 @@ def _localised(delta: Array, vector: Array, threshold: float) -> Array:
 
 
 def _emr_share(
-    leaf: StoredLeaf, deltas: Deltas, options: Options, measured: Any
+    leaf: LeafLayout, deltas: Deltas, options: Options, measured: Any
 ) -> Parts:
     return {WHOLE: _unified(list(deltas.values())).astype(leaf.info.dtype)}
 
 
 def _emr_encode(
-    leaf: StoredLeaf, delta: Array, shared: Parts, options: Options
+    leaf: LeafLayout, delta: Array, shared: Parts, options: Options
 ) -> Parts:
     return {"bits": _agreeing(delta, shared[WHOLE])}
 
@@ -269,12 +274,12 @@ def _agreeing(delta: Array, vector: Array) -> Array:
 
 
 def _masked_decode(
-    leaf: StoredLeaf, base: Any, shared: Parts, parts: Parts, scale: float
+    leaf: LeafLayout, base: Any, shared: Parts, parts: Parts, scale: float
 ) -> Any:
     return add_masked(base, shared[WHOLE], parts["bits"], scale)
 
 
-def _low_rank_parts(leaf: StoredLeaf, options: Options) -> dict[str, LeafInfo]:
+def _low_rank_parts(leaf: LeafLayout, options: Options) -> dict[str, LeafInfo]:
     *stack, inputs, outputs = matrix_shape(leaf.info.shape, leaf.axes)
     return {
         "left": LeafInfo((*stack, outputs, leaf.rank), leaf.wide),
@@ -283,7 +288,7 @@ def _low_rank_parts(leaf: StoredLeaf, options: Options) -> dict[str, LeafInfo]:
 
 
 def _low_rank_encode(
-    leaf: StoredLeaf, delta: Array, shared: Parts, options: Options
+    leaf: LeafLayout, delta: Array, shared: Parts, options: Options
 ) -> Parts:
     (adapter,) = tsv_compress(
         {leaf.name: jnp.zeros_like(delta)},
@@ -296,7 +301,7 @@ def _low_rank_encode(
 
 
 def _low_rank_decode(
-    leaf: StoredLeaf, base: Any, shared: Parts, parts: Parts, scale: float
+    leaf: LeafLayout, base: Any, shared: Parts, parts: Parts, scale: float
 ) -> Any:
     moved = apply_adapter(
         {leaf.name: base},
@@ -306,47 +311,47 @@ def _low_rank_decode(
     return moved[leaf.name].astype(base.dtype)
 
 
-def _per_layer(leaf: StoredLeaf) -> LeafInfo:
+def _per_layer(leaf: LeafLayout) -> LeafInfo:
     """One number for each layer of a leaf, along axes of length 1."""
     sizes = enumerate(leaf.info.shape)
     shape = tuple(size if axis in leaf.axes.stack else 1 for axis, size in sizes)
     return LeafInfo(shape, leaf.wide)
 
 
-def _codes_of(leaf: StoredLeaf, bits: int) -> dict[str, LeafInfo]:
+def _codes_of(leaf: LeafLayout, bits: int) -> dict[str, LeafInfo]:
     planes = LeafInfo((bits, *(leaf.info.shape or (1,))), np.dtype(bool))
     return {"bits": planes, "step": _per_layer(leaf), "zero": _per_layer(leaf)}
 
 
-def _codes_parts(leaf: StoredLeaf, options: Options) -> dict[str, LeafInfo]:
+def _codes_parts(leaf: LeafLayout, options: Options) -> dict[str, LeafInfo]:
     return _codes_of(leaf, options["bits"])
 
 
 def _codes_encode(
-    leaf: StoredLeaf, delta: Array, shared: Parts, options: Options
+    leaf: LeafLayout, delta: Array, shared: Parts, options: Options
 ) -> Parts:
     return quantise(delta, options["bits"], leaf.axes.stack)._asdict()
 
 
 def _codes_decode(
-    leaf: StoredLeaf, base: Any, shared: Parts, parts: Parts, scale: float
+    leaf: LeafLayout, base: Any, shared: Parts, parts: Parts, scale: float
 ) -> Any:
     return apply_quantised(base, Codes(**parts))
 
 
-def _offset_parts(leaf: StoredLeaf, options: Options) -> dict[str, LeafInfo]:
+def _offset_parts(leaf: LeafLayout, options: Options) -> dict[str, LeafInfo]:
     return _codes_of(leaf, options["shared_bits"])
 
 
 def _offset_share(
-    leaf: StoredLeaf, deltas: Deltas, options: Options, measured: Any
+    leaf: LeafLayout, deltas: Deltas, options: Options, measured: Any
 ) -> Parts:
     mean = sum(deltas.values()) / len(deltas)
     return quantise(mean, options["shared_bits"], leaf.axes.stack)._asdict()
 
 
 def _residual_encode(
-    leaf: StoredLeaf, delta: Array, shared: Parts, options: Options
+    leaf: LeafLayout, delta: Array, shared: Parts, options: Options
 ) -> Parts:
     residual = _residual(delta, Codes(**shared))
     return quantise(residual, options["bits"], leaf.axes.stack)._asdict()
@@ -359,23 +364,23 @@ def _residual(delta: Array, offset: Codes) -> Array:
 
 
 def _residual_decode(
-    leaf: StoredLeaf, base: Any, shared: Parts, parts: Parts, scale: float
+    leaf: LeafLayout, base: Any, shared: Parts, parts: Parts, scale: float
 ) -> Any:
     return apply_quantised(base, Codes(**shared), Codes(**parts))
 
 
-def _signs_parts(leaf: StoredLeaf, options: Options) -> dict[str, LeafInfo]:
+def _signs_parts(leaf: LeafLayout, options: Options) -> dict[str, LeafInfo]:
     return _mask_parts(leaf, options) | {"scale": _per_layer(leaf)}
 
 
 def _signs_encode(
-    leaf: StoredLeaf, delta: Array, shared: Parts, options: Options
+    leaf: LeafLayout, delta: Array, shared: Parts, options: Options
 ) -> Parts:
     return binarise(delta, leaf.axes.stack)._asdict()
 
 
 def _signs_decode(
-    leaf: StoredLeaf, base: Any, shared: Parts, parts: Parts, scale: float
+    leaf: LeafLayout, base: Any, shared: Parts, parts: Parts, scale: float
 ) -> Any:
     return apply_quantised(base, Signs(**parts))
 

@@ -23,7 +23,7 @@ from jaxmerge.compression.files import (
     Entry,
     StoreError,
     as_bytes,
-    as_json,
+    compact_json,
     digest,
     file_info,
     from_array,
@@ -31,7 +31,7 @@ from jaxmerge.compression.files import (
     part_bytes,
     unsealed,
 )
-from jaxmerge.compression.kinds import KINDS, WHOLE, StoredLeaf, in_order
+from jaxmerge.compression.kinds import KINDS, WHOLE, LeafLayout, in_order
 from jaxmerge.matrices import MatrixAxes
 from jaxmerge.tree import is_float
 
@@ -85,7 +85,7 @@ class StoreFiles:
         return sorted(p.name for p in places if p.is_dir() and p.name[0] != ".")
 
     @cached_property
-    def leaves(self) -> dict[str, StoredLeaf]:
+    def leaves(self) -> dict[str, LeafLayout]:
         """How every leaf is kept, by name, in the order of the files."""
         layouts = self.document["layouts"]
         return {
@@ -104,7 +104,7 @@ class StoreFiles:
     def _shared(self) -> Checkpoint:
         return open_checkpoint(self.path / SHARED_NAME)
 
-    def parts(self, leaf: StoredLeaf) -> dict[str, LeafInfo]:
+    def parts(self, leaf: LeafLayout) -> dict[str, LeafInfo]:
         """What a task keeps of a leaf, if it changes it, in the order of the file.
 
         One that was added later may change leaves of which tasks share nothing; these
@@ -116,7 +116,7 @@ class StoreFiles:
             return {WHOLE: leaf.info}
         return kind.parts(leaf, self.document["options"])
 
-    def shared_parts(self, leaf: StoredLeaf) -> dict[str, LeafInfo]:
+    def shared_parts(self, leaf: LeafLayout) -> dict[str, LeafInfo]:
         """What tasks share of a leaf: nothing, if none changed it at the start."""
         if self._digests["shared"][leaf.name] is None:
             return {}
@@ -266,15 +266,15 @@ def _damaged(path: Path, section: str, name: str, problem: str) -> StoreError:
     )
 
 
-def _leaf(kind: str, name: str, info: LeafInfo, layout: Any) -> StoredLeaf:
+def _leaf(kind: str, name: str, info: LeafInfo, layout: Any) -> LeafLayout:
     if layout is not None:
         stack, inputs, outputs, rank = layout
         axes = MatrixAxes(tuple(stack), tuple(inputs), tuple(outputs))
-        return StoredLeaf(name, info, axes=axes, rank=rank)
-    return StoredLeaf(name, info, whole=KINDS[kind].by_matrix or not is_float(info))
+        return LeafLayout(name, info, axes=axes, rank=rank)
+    return LeafLayout(name, info, whole=KINDS[kind].by_matrix or not is_float(info))
 
 
-def layout_of(leaf: StoredLeaf) -> list[Any] | None:
+def layout_of(leaf: LeafLayout) -> list[Any] | None:
     """What `store.json` says of a leaf; None for what goes without saying."""
     if leaf.whole or not any(leaf.axes):
         return None
@@ -310,4 +310,4 @@ def open_files(path: Path) -> StoreFiles:
 def digest_of_leaves(leaves: Mapping[str, LeafInfo]) -> str:
     """What identifies names, shapes and dtypes, in the order of a store."""
     known = [[n, *leaves[n].shape, str(leaves[n].dtype)] for n in in_order(leaves)]
-    return digest(as_json({"leaves": known}))
+    return digest(compact_json({"leaves": known}))

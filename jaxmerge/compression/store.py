@@ -15,13 +15,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxmerge
 from jaxmerge import sharding
-from jaxmerge.checkpoints import REPORT_NAME, LeafInfo, Writer
+from jaxmerge.checkpoints import REPORT_NAME, LeafInfo, Progress, Writer
+from jaxmerge.checkpoints.files import as_json
 from jaxmerge.checkpoints.names import nest
-from jaxmerge.compression.files import TASKS_NAME, StoreError, as_json
-from jaxmerge.compression.kinds import KINDS, WHOLE, StoredLeaf
+from jaxmerge.compression.files import TASKS_NAME, StoreError
+from jaxmerge.compression.kinds import KINDS, WHOLE, LeafLayout
 from jaxmerge.compression.packing import bits_sharding
 from jaxmerge.compression.reading import StoreFiles, TaskRecord, open_files
-from jaxmerge.compression.writing import Progress, precision
+from jaxmerge.streaming import precision
 from jaxmerge.tree import Params
 
 
@@ -117,7 +118,7 @@ class Store:
 
     def _put_parts(
         self,
-        leaf: StoredLeaf,
+        leaf: LeafLayout,
         parts: dict[str, np.ndarray],
         infos: Mapping[str, LeafInfo],
     ) -> dict[str, Any]:
@@ -161,13 +162,13 @@ class Store:
                 done += array.nbytes
                 if progress is not None:
                     progress(done, total, name)
-            writer.add_file(REPORT_NAME, as_json(self._report(record)) + b"\n")
+            writer.add_file(REPORT_NAME, as_json(self._report(record)))
 
     def _arrays(self, record: TaskRecord) -> Iterator[tuple[str, np.ndarray]]:
         """The leaves of a task; while one is in use, the next is read and checked."""
         kept, leaves = self.files.read_task(record), list(self.files.leaves.values())
 
-        def read(leaf: StoredLeaf, pool: ThreadPoolExecutor) -> list[Any]:
+        def read(leaf: LeafLayout, pool: ThreadPoolExecutor) -> list[Any]:
             jobs: list[Any] = [pool.submit(self.files.read_base, leaf.name)]
             if leaf.name in kept.places:
                 jobs.append(pool.submit(self.files.read_shared, leaf.name))
@@ -182,7 +183,7 @@ class Store:
                 base, *of_task = [job.result() for job in jobs]
                 if of_task:
                     shared, parts = of_task
-                    with precision(leaf):
+                    with precision(leaf.is_double):
                         base = _decode(
                             self.kind, leaf, base, shared, parts, record.scale
                         )
@@ -284,7 +285,7 @@ def open_store(
 
 
 def _decode(
-    kind: str, leaf: StoredLeaf, base: Any, shared: Any, parts: Any, scale: float
+    kind: str, leaf: LeafLayout, base: Any, shared: Any, parts: Any, scale: float
 ) -> Any:
     if WHOLE in parts:
         return parts[WHOLE]

@@ -1,7 +1,6 @@
 """Writes what a task keeps of each leaf that it changes."""
 
-import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 import jax
@@ -20,15 +19,12 @@ from jaxmerge.compression.files import (
 from jaxmerge.compression.kinds import (
     KINDS,
     WHOLE,
+    LeafLayout,
     Options,
     Parts,
-    StoredLeaf,
 )
 from jaxmerge.compression.packing import add_masked
 from jaxmerge.leafwise import task_vector
-
-Progress = Callable[[int, int, str], None]
-"""Called with the bytes of leaves done so far, those of all, and the leaf."""
 
 
 class Norms(NamedTuple):
@@ -61,7 +57,7 @@ class NewTask:
     def keep(
         self,
         kind: str,
-        leaf: StoredLeaf,
+        leaf: LeafLayout,
         infos: Mapping[str, LeafInfo],
         value: np.ndarray,
         delta: Any,
@@ -109,7 +105,7 @@ def _l1_norms(delta: Array, vector: Array, bits: Array) -> tuple[Array, Array]:
     return jnp.sum(jnp.abs(delta)), jnp.sum(jnp.abs(kept))
 
 
-def changes(leaf: StoredLeaf, start: np.ndarray, value: np.ndarray, task: str) -> Any:
+def changes(leaf: LeafLayout, start: np.ndarray, value: np.ndarray, task: str) -> Any:
     """The task vector of a leaf; None for a task that leaves it as it is.
 
     Of a leaf that has none, as it holds no floating-point numbers, its values.
@@ -133,9 +129,3 @@ def changes(leaf: StoredLeaf, start: np.ndarray, value: np.ndarray, task: str) -
 @jax.jit
 def _look_at(delta: Array) -> tuple[Array, Array]:
     return jnp.any(delta != 0), jnp.all(jnp.isfinite(delta))
-
-
-def precision(leaf: StoredLeaf) -> contextlib.AbstractContextManager[Any]:
-    """Switches float64 on, which JAX has off, where a leaf needs it."""
-    is_double = leaf.info.dtype == np.float64
-    return jax.enable_x64(True) if is_double else contextlib.nullcontext()

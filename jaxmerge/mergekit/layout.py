@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from jaxmerge.checkpoints import Checkpoint, CheckpointError
 from jaxmerge.mergekit.embeddings import is_embedding, is_head
 from jaxmerge.mergekit.layers import Layers, find_layers, is_input
-from jaxmerge.mergekit.recipe import MergekitRecipe, ModelRef, Slice, Source
+from jaxmerge.mergekit.recipe import MergekitRecipe, ModelRef, Slice, SliceSource
 from jaxmerge.mergekit.settings import has_gradient
 from jaxmerge.recipe_syntax import RecipeError
 
@@ -39,7 +39,7 @@ class Origin(NamedTuple):
         name: the leaf there.
     """
 
-    source: Source
+    source: SliceSource
     name: str
 
 
@@ -168,7 +168,7 @@ def _position(layer: int, count: int) -> float:
     return layer / (count - 1) if count > 1 else 1.0
 
 
-def _check_range(recipe: MergekitRecipe, source: Source, layers: Layers) -> None:
+def _check_range(recipe: MergekitRecipe, source: SliceSource, layers: Layers) -> None:
     if source.layers and source.layers[1] > layers.depth:
         raise CheckpointError(
             f"{recipe.source}: layer_range {list(source.layers)} of {source.model}, "

@@ -17,7 +17,7 @@ from jaxmerge.mergekit.recipe import (
     MergekitRecipe,
     ModelRef,
     Slice,
-    Source,
+    SliceSource,
     TokenizerSpec,
     TokenSource,
 )
@@ -195,7 +195,7 @@ class _Reader(NamedTuple):
 
     def sources(
         self, entries: list[Any], place: Place, method: str, sliced: bool
-    ) -> Iterator[Source]:
+    ) -> Iterator[SliceSource]:
         known = ("model", "parameters", *(["layer_range"] if sliced else []))
         seen = set()
         for i, entry in enumerate(entries):
@@ -215,7 +215,7 @@ class _Reader(NamedTuple):
             parameters = self.parameters(entry, at, method)
             layers = self.layer_range(entry, at) if sliced else None
             if model is not None:
-                yield Source(model, layers, parameters)
+                yield SliceSource(model, layers, parameters)
 
     def layer_range(self, entry: dict[str, Any], place: Place) -> tuple[int, int]:
         match entry.get("layer_range"):
@@ -234,7 +234,7 @@ class _Reader(NamedTuple):
         listed = slice_.base in [source.model for source in slice_.sources]
         if slice_.base is None or listed or method not in CONVENTIONS:
             return slice_
-        source = Source(slice_.base, None, {})
+        source = SliceSource(slice_.base, None, {})
         return slice_._replace(sources=(*slice_.sources, source))
 
     def parameters(self, value: dict[str, Any], place: Place, method: str) -> Level:

@@ -24,7 +24,7 @@ class ModelRef(NamedTuple):
         return str(self.path) if self.lora is None else f"{self.path}+{self.lora}"
 
 
-class Source(NamedTuple):
+class SliceSource(NamedTuple):
     """A model in a slice.
 
     Attributes:
@@ -52,7 +52,7 @@ class Slice(NamedTuple):
         levels: settings from the narrowest level (slice) to the widest (recipe).
     """
 
-    sources: tuple[Source, ...]
+    sources: tuple[SliceSource, ...]
     base: ModelRef | None
     levels: tuple[Level, ...]
 
@@ -124,7 +124,7 @@ class MergekitRecipe:
         sources = [source.model for each in self.slices for source in each.sources]
         return list(dict.fromkeys([*base, *bases, *sources]))
 
-    def merged(self, slice_: Slice) -> list[Source]:
+    def merged(self, slice_: Slice) -> list[SliceSource]:
         """The models of the method in a slice: all sources but a base that is apart."""
         if self.convention.base == "member":
             return list(slice_.sources)

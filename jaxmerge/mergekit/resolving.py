@@ -17,8 +17,8 @@ from jaxmerge.checkpoints import (
     LeafInfo,
     open_checkpoint,
 )
-from jaxmerge.checkpoints.views import Source as ViewSource
-from jaxmerge.checkpoints.views import View
+from jaxmerge.checkpoints.files import as_json
+from jaxmerge.checkpoints.views import Source, View
 from jaxmerge.mergekit import embeddings, sidecars, tokens
 from jaxmerge.mergekit.conventions import Parameter, Values
 from jaxmerge.mergekit.layers import find_layers
@@ -26,7 +26,7 @@ from jaxmerge.mergekit.layout import Layout, Models, Opened, OutputLeaf, lay_out
 from jaxmerge.mergekit.recipe import (
     MergekitRecipe,
     ModelRef,
-    Source,
+    SliceSource,
     TokenizerSpec,
 )
 from jaxmerge.mergekit.settings import as_rules, value_of
@@ -134,7 +134,7 @@ class _Made(NamedTuple):
     """
 
     leaf: OutputLeaf
-    views: dict[ModelRef, ViewSource]
+    views: dict[ModelRef, Source]
     is_vocabulary: bool
 
     @property
@@ -149,9 +149,7 @@ def _made(
     vocabulary: _Tokens | None,
 ) -> _Made:
     views = {
-        origin.source.model: ViewSource(
-            models[origin.source.model].checkpoint, origin.name
-        )
+        origin.source.model: Source(models[origin.source.model].checkpoint, origin.name)
         for origin in leaf.origins
     }
     is_vocabulary = all(
@@ -174,8 +172,8 @@ def _made(
 
 
 def _remapped(
-    leaf: OutputLeaf, views: Mapping[ModelRef, ViewSource], vocabulary: _Tokens
-) -> dict[ModelRef, ViewSource]:
+    leaf: OutputLeaf, views: Mapping[ModelRef, Source], vocabulary: _Tokens
+) -> dict[ModelRef, Source]:
     spec, output, known = vocabulary
     vocabularies = [
         embeddings.Vocabulary(ref, view.checkpoint, view.name, known[ref])
@@ -190,8 +188,8 @@ def _remapped(
 
 
 def _cut(
-    recipe: MergekitRecipe, leaf: OutputLeaf, views: Mapping[ModelRef, ViewSource]
-) -> dict[ModelRef, ViewSource]:
+    recipe: MergekitRecipe, leaf: OutputLeaf, views: Mapping[ModelRef, Source]
+) -> dict[ModelRef, Source]:
     rows = {ref: view.info.shape[0] for ref, view in views.items()}
     common = min(rows.values())
     base = leaf.slice.base
@@ -242,7 +240,7 @@ def _task(recipe: MergekitRecipe, models: Models, made: _Made) -> _Task:
     sources = recipe.merged(leaf.slice)
     names = {origin.source.model: origin.name for origin in leaf.origins}
 
-    def value(parameter: Parameter, source: Source | None) -> Any:
+    def value(parameter: Parameter, source: SliceSource | None) -> Any:
         levels = leaf.slice.levels
         name = leaf.name
         if source is not None:
@@ -382,7 +380,7 @@ def _files(
     files: sidecars.Sidecars = {p.name: p for p in donor.checkpoint.sidecars()}
     if donor.config:
         config = sidecars.consistent(donor.config, facts)
-        files[sidecars.CONFIG_NAME] = sidecars.as_json(config)
+        files[sidecars.CONFIG_NAME] = as_json(config)
     if vocabulary is not None:
         files = sidecars.replace_tokenizer(files, vocabulary.output)
     template = recipe.chat_template

@@ -27,9 +27,7 @@ def _setting_problems(setting: Any, kind: type) -> Iterator[str]:
     words = {float: "a number", int: "a whole number", bool: "true or false"}
     if isinstance(setting, list) and not setting:
         yield "is an empty list"
-    elif isinstance(setting, dict) or (
-        isinstance(setting, list) and any(isinstance(each, dict) for each in setting)
-    ):
+    elif _is_filtered(setting):
         for case in _cases(setting):
             if not isinstance(case, dict) or not case.keys() <= {"filter", "value"}:
                 yield f"must be a list of {{filter, value}}, found {case!r}"

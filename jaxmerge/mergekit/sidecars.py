@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxmerge.checkpoints import Checkpoint, CheckpointError
+from jaxmerge.checkpoints.files import as_json
 from jaxmerge.mergekit.layers import LAYER_KEYS, parts_of
 from jaxmerge.mergekit.tokens import OUTDATED_NAMES, TOKENIZER_NAME, Tokenizer
 
@@ -124,7 +125,3 @@ def _read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_bytes())
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}); repair it.") from error
-
-
-def as_json(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
