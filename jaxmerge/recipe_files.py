@@ -2,7 +2,9 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from jaxmerge.mergekit import MergekitRecipe, is_mergekit, parse_mergekit
 from jaxmerge.recipe_syntax import RecipeError, read_yaml
@@ -41,18 +43,62 @@ def recipe_of_report(
     path = Path(path)
     try:
         report = json.loads(_read(path, "a report is JSON"))
-        parts, text = report["parts"], report["recipe"]
-        sha256, directory = report["sha256"], report["directory"]
-    except (ValueError, KeyError, TypeError) as error:
+        made = {key: report[key] for key in _REPORTED}
+        _check_types(made, _REPORTED)
+        _check_types(made["sha256"], dict.fromkeys(made["sha256"], dict))
+        return _recipe_in(made, str(path)), made["sha256"]
+    except RecipeError:
+        raise
+    except (
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise RecipeError(
-            f"{path} is no report of a merge ({error!r}); it is called "
-            "jaxmerge_report.json, next to the weights."
+            f"{path} is damaged, or no report of a merge by this version ({error!r}). "
+            "Reports are called jaxmerge_report.json, next to the weights."
         ) from error
-    source = str(path)
-    if text is not None and is_mergekit(read_yaml(text, source).value):
-        return parse_mergekit(text, source=source, directory=directory), sha256
-    output = {name: report[name] for name in ("max_shard_bytes", "format")}
-    return Recipe(**parts[0], **output, text=text or "", source=source), sha256
+
+
+def _recipe_in(made: Mapping[str, Any], source: str) -> Recipe | MergekitRecipe:
+    text = made["recipe"] or ""
+    if is_mergekit(read_yaml(text, source).value):
+        return parse_mergekit(text, source=source, directory=made["directory"])
+    if len(made["parts"]) != 1:
+        raise ValueError(f"{len(made['parts'])} parts without a recipe of mergekit")
+    (part,) = made["parts"]
+    _check_types(part, _PART)
+    _check_types(part["models"], dict.fromkeys(part["models"], str))
+    output = {key: made[key] for key in ("max_shard_bytes", "format")}
+    return Recipe(**part, **output, text=text, source=source)
+
+
+# What of a report, and of a part of it, makes the merge again.
+_REPORTED = {
+    "recipe": str | None,
+    "directory": str,
+    "parts": list,
+    "format": str,
+    "max_shard_bytes": int,
+    "sha256": dict,
+}
+_PART = {
+    "method": str,
+    "options": dict,
+    "seed": int,
+    "dtype": str | None,
+    "take": dict,
+    "base": str | None,
+    "models": dict,
+}
+
+
+def _check_types(values: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        if not isinstance(value, kinds[name]):
+            raise TypeError(f"{name} is {value!r:.60}")
 
 
 def _read(path: Path, expected: str) -> str:

@@ -307,7 +307,7 @@ def _option_problems(method: Method, fields: Mapping[str, Any]) -> Iterator[_Mis
         place = ("options", name)
         if name not in allowed:
             yield place, unknown("option", name, list(allowed), of=method.name)
-        elif name == "origin" and value != "base":
+        elif name == "origin" and value not in (None, "base"):
             yield place, f"option 'origin' is {value!r}; it must be 'base'"
         elif not _fits(value, hints[name]):
             expected = _expected(hints[name])

@@ -67,7 +67,7 @@ class Method(NamedTuple):
 
     def uses_base(self, options: Mapping[str, Any]) -> bool:
         """Whether it measures models from a base: always, or with `origin="base"`."""
-        return self.needs_base or "origin" in options
+        return self.needs_base or options.get("origin") is not None
 
     @property
     def needs_key(self) -> bool:
@@ -98,7 +98,11 @@ class Method(NamedTuple):
 
     @property
     def options(self) -> dict[str, Parameter]:
-        """The parameters that a recipe sets."""
+        """The parameters that a recipe sets.
+
+        The others hold no plain values: `bind` fills in what a recipe has another key
+        for, and trees of arrays come from Python only.
+        """
         filled_in = (
             "key",
             "names",
