@@ -4,7 +4,7 @@ A path joins the keys that lead to a leaf with slashes: `"layers/3/mlp/up/kernel
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -76,6 +76,20 @@ def first_match(rules: Mapping[str, T], path: str) -> T:
 def is_float(leaf: Any) -> bool:
     """Whether a leaf holds floating-point numbers: the kind that is merged."""
     return jnp.issubdtype(_dtype(leaf), jnp.floating)
+
+
+def common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
+    """The narrowest dtype that holds the numbers of all `dtypes`.
+
+    Example:
+        >>> common_dtype(map(np.dtype, ("float16", "bfloat16"))).name
+        'float32'
+    """
+    found, halves = set(dtypes), {np.dtype("float16"), np.dtype(jnp.bfloat16)}
+    # Neither holds the other, and NumPy does not look for a third one.
+    return np.result_type(
+        *(found - halves | {np.float32} if halves <= found else found)
+    )
 
 
 def is_factor(path: str) -> bool:

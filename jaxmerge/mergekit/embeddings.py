@@ -7,21 +7,26 @@ lacks.
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxmerge.checkpoints import Checkpoint, CheckpointError, Index, LeafInfo
+from jaxmerge.checkpoints.indexing import ranges
 from jaxmerge.checkpoints.transforms import Read
 from jaxmerge.mergekit.layers import parts_of
 from jaxmerge.mergekit.recipe import ModelRef, TokenSource
 from jaxmerge.mergekit.tokens import Tokenizer
+from jaxmerge.tree import common_dtype
 
 _EMBEDDING = re.compile(
     r"(.*[./])?(wte|shared|embed_tokens|embed_in|tok_embeddings|word_embeddings|"
     r"embeddings)[./](weight|embedding)"
 )
 _HEAD = re.compile(r"(.*[./])?(lm_head|embed_out|output)[./](weight|bias)")
+
+_BLOCK_BYTES = 1 << 24  # What is read at a time of tables of which a mean is taken.
 
 
 def is_embedding(name: str) -> bool:
@@ -75,8 +80,9 @@ class Donor(NamedTuple):
     row: int
 
 
-class Remapped(NamedTuple):
-    """Rows in the order of another vocabulary (a `Transform`).
+@dataclass(frozen=True, eq=False)
+class Remapped:
+    """Rows in the order of another vocabulary (a `Transform`), of one source.
 
     Attributes:
         own: for each token, which row it is in the source, or -1 where others give it.
@@ -89,6 +95,7 @@ class Remapped(NamedTuple):
     given: Mapping[int, Sequence[Donor]]
     padding: int
     dtype: np.dtype
+    _means: list[np.ndarray] = field(default_factory=list, init=False, repr=False)
 
     def info(self, source: LeafInfo) -> LeafInfo:
         rows = len(self.own) + self.padding
@@ -97,15 +104,15 @@ class Remapped(NamedTuple):
     def read(self, read: Read, source: LeafInfo, index: Index) -> np.ndarray:
         rows, *rest = (slice(None),) if index is ... or not index else index
         wanted = np.arange(len(self.own) + self.padding)[rows]
-        table = read((slice(None), *rest))
-        result = np.zeros((len(wanted), *table.shape[1:]), self.dtype)
+        _, *others = ranges((slice(None), *rest), source.shape)
+        result = np.zeros((len(wanted), *map(len, others)), self.dtype)
         padded = wanted >= len(self.own)
         if padded.any():
-            known = self.read(read, source, (slice(0, len(self.own)), *rest))
-            result[padded] = _mean(known)
+            result[padded] = self._mean(read, source)[tuple(rest)]
         places = np.flatnonzero(~padded)
         own = self.own[wanted[places]]
-        result[places[own >= 0]] = table[own[own >= 0]]
+        if (own >= 0).any():
+            result[places[own >= 0]] = _rows(read, own[own >= 0], rest)
         for place in places[own < 0]:
             donors = self.given.get(int(wanted[place]), ())
             if donors:
@@ -115,6 +122,27 @@ class Remapped(NamedTuple):
                 ]
                 result[place] = _mean(np.stack(rows_given))
         return result
+
+    def _mean(self, read: Read, source: LeafInfo) -> np.ndarray:
+        """The mean of all rows but the padding; kept, as it takes the whole table."""
+        if not self._means:
+            rows = len(self.own)
+            step = max(1, _BLOCK_BYTES * rows // max(1, self.info(source).nbytes))
+            blocks = (
+                self.read(read, source, (slice(start, min(start + step, rows)),))
+                for start in range(0, rows, step)
+            )
+            sums = [block.astype(np.float64).sum(axis=0) for block in blocks]
+            self._means.append((np.sum(sums, axis=0) / rows).astype(self.dtype))
+        return self._means[0]
+
+
+def _rows(read: Read, numbers: np.ndarray, rest: Sequence[slice]) -> np.ndarray:
+    """Rows of a table by their numbers; neighbours are read together."""
+    ordered, places = np.unique(numbers, return_inverse=True)
+    runs = np.split(ordered, np.flatnonzero(np.diff(ordered) > 1) + 1)
+    parts = [read((slice(int(run[0]), int(run[-1]) + 1), *rest)) for run in runs]
+    return np.concatenate(parts)[places]
 
 
 def _mean(rows: np.ndarray) -> np.ndarray:
@@ -190,7 +218,7 @@ def remap(
             continue
         given[number] = _donors(token, spec, vocabularies, base)
     padding = -output.rows % multiple
-    dtype = np.result_type(*(each.info.dtype for each in vocabularies))
+    dtype = common_dtype(each.info.dtype for each in vocabularies)
     transforms = []
     for i in range(len(vocabularies)):
         own = np.full(output.rows, -1)

@@ -33,7 +33,7 @@ from jaxmerge.mergekit.settings import as_rules, value_of
 from jaxmerge.planning import Inputs, Part, Plan, Step, difference
 from jaxmerge.recipe_syntax import RecipeError
 from jaxmerge.recipes import Recipe
-from jaxmerge.tree import is_float
+from jaxmerge.tree import common_dtype, is_float
 
 
 def resolve(recipe: MergekitRecipe) -> Plan:
@@ -337,7 +337,7 @@ def _step(
     elif recipe.convention.needs_base and made.leaf.slice.base is not None:
         dtype = stored[made.leaf.slice.base]
     else:
-        dtype = np.result_type(*stored.values())
+        dtype = common_dtype(stored.values())
     treatment = "taken: first" if copied else "merged"
     return Step(treatment, like, made.info._replace(dtype=dtype))
 

@@ -4,7 +4,7 @@ import textwrap
 
 import numpy as np
 import pytest
-from cases import CASES, carried_out, leaves_of, write_model
+from cases import CASES, VOCABULARY, carried_out, leaves_of, write_model
 
 from jaxmerge import load
 from jaxmerge.mergekit import parse_mergekit
@@ -65,6 +65,20 @@ def test_dtypes_of_the_output(method, models, tail, dtype, root):
     }
     assert dtypes == {dtype}
     assert f'"dtype": "{dtype}"'.encode() in made.sidecars["config.json"]
+
+
+@pytest.mark.parametrize("tail", ["", "tokenizer_source: union\n"])
+def test_halves_of_both_kinds_make_float32(tail, tmp_path):
+    for name, dtype in (("b", "bfloat16"), ("f", "float16")):
+        leaves = {VOCABULARY[0]: np.ones((64, 2), dtype), "norm": np.ones(3, dtype)}
+        write_model(tmp_path / name, leaves)
+    text = "merge_method: linear\nparameters: {weight: 1}\n" + tail
+    made = plan(text + "models: [{model: b}, {model: f}]", tmp_path)
+    (part,) = made.parts
+    assert {str(step.out.dtype) for step in part.steps.values()} == {"float32"}
+    merged = carried_out(made)
+    assert {str(leaf.dtype) for leaf in merged.values()} == {"float32"}
+    assert all((leaf == 1).all() for leaf in merged.values())
 
 
 def test_an_adapter_leaves_the_dtype_of_its_model(root, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from cases import carried_out
 
 from jaxmerge.checkpoints import CheckpointError
-from jaxmerge.mergekit import parse_mergekit
+from jaxmerge.mergekit import embeddings, parse_mergekit
 from jaxmerge.mergekit.embeddings import Remapped, Rows
 from jaxmerge.mergekit.resolving import resolve
 from jaxmerge.mergekit.tokens import read_tokenizer, united, with_tokens
@@ -172,6 +172,34 @@ def test_padding_is_the_mean_and_parts_are_parts_of_the_whole(models):
     np.testing.assert_array_equal(whole[6:], [whole[:6].mean(0)] * 4)
     for index in ((slice(2, 9),), (slice(None), slice(1, 2)), (slice(None, None, 3),)):
         np.testing.assert_array_equal(view.read(EMBEDDINGS, index), whole[index])
+
+
+def test_slices_read_the_rows_they_need_and_padding_the_table_once(monkeypatch):
+    monkeypatch.setattr(embeddings, "_BLOCK_BYTES", 24)
+    table = np.arange(60, dtype=np.float32).reshape(20, 3)
+    order = np.r_[4:14, 19, -1, 2, 3]
+    read = []
+
+    def counted(index):
+        part = table[index]
+        read.append(part.size)
+        return part
+
+    how = Remapped(order, {}, 6, table.dtype)
+    whole = how.read(table.__getitem__, table, ...)
+    np.testing.assert_array_equal(whole[:11], table[order[:11]])
+    how = Remapped(order, {}, 6, table.dtype)
+    np.testing.assert_array_equal(
+        how.read(counted, table, (slice(8, 13),)), whole[8:13]
+    )
+    assert sum(read) == 4 * 3
+    read.clear()
+    for start in range(12, 20):
+        index = slice(start, start + 1), slice(1)
+        np.testing.assert_array_equal(how.read(counted, table, index), whole[index])
+    # The table once, of which no row is zero but the one that none gives; two rows.
+    assert sum(read) == 13 * 3 + 2
+    assert max(read) <= 2 * 3
 
 
 def test_rows_of_parts_are_those_of_the_whole():
