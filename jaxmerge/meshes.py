@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,13 @@ def join_hosts(arguments: argparse.Namespace) -> None:
         raise CommandError("--coordinator, --processes and --process belong together")
     import jax
 
-    jax.distributed.initialize(*given)
+    try:
+        jax.distributed.initialize(*given)
+    except (RuntimeError, ValueError) as error:
+        raise CommandError(
+            f"the processes did not meet: {error} Outside of a cluster, all of them "
+            "need --coordinator, --processes and --process."
+        ) from error
 
 
 def mesh_of(arguments: argparse.Namespace) -> "Mesh | None":
@@ -75,7 +82,12 @@ def mesh_of(arguments: argparse.Namespace) -> "Mesh | None":
 
 def axes_of(mesh: str) -> dict[str, int]:
     """The axes of a mesh, such as `data=2,model=4`."""
-    return dict(_axis(text) for text in mesh.split(","))
+    axes: dict[str, int] = {}
+    for name, size in map(_axis, mesh.split(",")):
+        if name in axes:
+            raise CommandError(f"--mesh {mesh} has two axes {name!r}")
+        axes[name] = size
+    return axes
 
 
 def _axis(text: str) -> tuple[str, int]:
@@ -94,6 +106,14 @@ def rules_of(arguments: argparse.Namespace) -> "dict[str, PartitionSpec]":
         pattern, equals, axes = rule.rpartition("=")
         if not equals:
             raise CommandError(f"--shard {rule!r} has no '='; write PATTERN=AXES")
+        if pattern in rules:
+            raise CommandError(f"--shard has two rules for {pattern!r}")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise CommandError(
+                f"--shard: {pattern!r} is no valid regular expression: {error}"
+            ) from None
         rules[pattern] = PartitionSpec(*map(_entry, axes.split(",")))
     return rules
 

@@ -209,12 +209,28 @@ def _check_rules(recipe: Recipe, names: Collection[str]) -> None:
         for option, value in recipe.options.items()
     }
     for where, patterns in rules.items():
-        for pattern in patterns:
-            if not any(re.fullmatch(pattern, name) for name in names):
-                raise MergeError(
-                    f"{recipe.source}: {where}: the rule {pattern!r} matches no leaf. "
-                    f"A rule must match the whole path, such as {next(iter(names))!r}."
-                )
+        _check_matches(f"{recipe.source}: {where}", patterns, names)
+
+
+def check_placed(plan: Plan, rules: Collection[str]) -> None:
+    """Checks that every rule on how leaves lie on a mesh matches one that is written.
+
+    Raises:
+        MergeError: one does not.
+    """
+    where = f"{plan.parts[0].recipe.source}: how leaves lie on the mesh"
+    _check_matches(where, rules, plan.written)
+
+
+def _check_matches(
+    where: str, patterns: Collection[str], names: Collection[str]
+) -> None:
+    for pattern in patterns:
+        if not any(re.fullmatch(pattern, name) for name in names):
+            raise MergeError(
+                f"{where}: the rule {pattern!r} matches no leaf. A rule must match the "
+                f"whole path, such as {next(iter(names))!r}."
+            )
 
 
 def difference(

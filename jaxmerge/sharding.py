@@ -201,6 +201,9 @@ def _misfits(
     said = f"leaf {path!r} of shape {shape} cannot be sharded as {spec}"
     if len(spec) > len(shape):
         yield f"{said}: it has {len(shape)} axes; shorten it, or add a rule before"
+    named = [name for entry in spec for name in _names(entry)]
+    if twice := [name for name in dict.fromkeys(named) if named.count(name) > 1]:
+        yield f"{said}: it names {twice} twice; a mesh axis cuts one axis of a leaf"
     for axis, (size, entry) in enumerate(zip(shape, spec, strict=False)):
         missing = [name for name in _names(entry) if name not in mesh.shape]
         if missing:
