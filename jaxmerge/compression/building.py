@@ -2,8 +2,9 @@
 
 import contextlib
 import datetime
+import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -36,8 +37,8 @@ from jaxmerge.compression.kinds import (
     CALLER,
     KINDS,
     WHOLE,
-    Deltas,
     LeafLayout,
+    Models,
     Options,
     Parts,
     checked_options,
@@ -61,8 +62,7 @@ from jaxmerge.compression.writing import NewTask, changes
 from jaxmerge.reports import in_background
 from jaxmerge.tree import Params, is_float
 
-# How many bytes one leaf may take while it is measured; of larger ones, some rows do.
-_MEMORY = 500_000_000
+MEMORY = 1_000_000_000
 
 
 def create_store(
@@ -71,16 +71,18 @@ def create_store(
     models: Mapping[str, Source],
     *,
     kind: str = "tall",
+    memory: int = MEMORY,
     progress: Progress | None = None,
     **options: Any,
 ) -> None:
     r"""Keeps fine-tuned models together, in little more than the space of two.
 
-    Leaf by leaf: no more than one leaf of the base and of every model is in memory.
-    Leaves that no model changes are stored once, with the base. A leaf that only some
-    tasks change takes space in these alone; others get the base's, exactly. Leaves
-    without floating-point numbers, and in `"tsv"` and `"bitdelta"` those that are no
-    matrices, are kept whole by each task that changes them.
+    Leaf by leaf: a leaf of the base and of every model is in memory if all of them fit;
+    else the leaf of one model at a time, and some rows of all models, which are then
+    read more than once. Leaves that no model changes are stored once, with the base. A
+    leaf that only some tasks change takes space in these alone; others get the base's,
+    exactly. Leaves without floating-point numbers, and in `"tsv"` and `"bitdelta"`
+    those that are no matrices, are kept whole by each task that changes them.
 
     Args:
         path: the directory to create; it must not exist.
@@ -92,6 +94,9 @@ def create_store(
             and `"bitdelta"` quantised task vectors; `"rtvq"` the quantised mean of task
             vectors, and quantised differences from it. The vector that tasks share is
             kept in the dtypes of the base.
+        memory: about how many bytes a leaf of all models, and their task vectors, may
+            take; the store is the same. Beside it, the leaf of one model takes a few
+            times its size.
         progress: called after each leaf that is written.
         options: of the kind. `"tall"`: `threshold` (0.4), one number or one per task by
             name; `multi_task`, `"task_arithmetic"` or `"ties"`; and what TIES ranks
@@ -149,8 +154,9 @@ def create_store(
         files = {n: _open_leaves(stack, hidden / TASKS_NAME / n) for n in sources}
         tasks = {n: NewTask(n, options_of_task(chosen, n), f) for n, f in files.items()}
         hashes = in_background(lambda: _hashes({"": start, **sources}))
+        inputs = _Inputs(start, sources, memory)
         sections = _write_leaves(
-            hidden, kind, chosen, leaves, start, sources, tasks, progress or _silent
+            hidden, kind, chosen, leaves, inputs, tasks, progress or _silent
         )
         document = seal(
             {
@@ -240,21 +246,56 @@ def add_task(
         (hidden / TASK_NAME).write_bytes(compact_json(listed))
 
 
+class _Inputs(NamedTuple):
+    """What a store is built from.
+
+    Attributes:
+        base: the base.
+        models: by task.
+        memory: how many bytes a leaf of all of them may take.
+    """
+
+    base: Checkpoint
+    models: Mapping[str, Checkpoint]
+    memory: int
+
+    def lazy(self, name: str, task: str | None = None) -> streaming.StoredLeaf:
+        """A leaf of a model, or of the base, of which some rows are read at a time."""
+        checkpoint = self.base if task is None else self.models[task]
+        dtype = checkpoint.leaves[name].dtype
+        return streaming.StoredLeaf(checkpoint, name, self.memory, dtype)
+
+    def fit(self, leaf: LeafLayout) -> bool:
+        """Whether a leaf of all models can be in memory, with the task vectors."""
+        each = 2 * leaf.info.entries * leaf.wide.itemsize
+        return each * (len(self.models) + 1) <= self.memory
+
+
 class _LeafTasks(NamedTuple):
-    """A leaf of the base and of all models, with the task vectors that are not zero."""
+    """A leaf of the base, and those of the models.
+
+    Attributes:
+        leaf: which leaf, and how it is kept.
+        base: that of the base.
+        read: from a task to the leaf of its model, and what `changes` says of it.
+        inputs: where these come from.
+    """
 
     leaf: LeafLayout
     base: np.ndarray
-    values: Mapping[str, np.ndarray]
-    deltas: Deltas
+    read: Callable[[str], tuple[np.ndarray, Any]]
+    inputs: _Inputs
+
+    def changed(self) -> Models:
+        """The leaf of the models that change it: arrays, or lazy if they do not fit."""
+        tasks = [task for task in self.inputs.models if self.read(task)[1] is not None]
+        if self.inputs.fit(self.leaf):
+            return {task: self.read(task)[0] for task in tasks}
+        return {task: self.inputs.lazy(self.leaf.name, task) for task in tasks}
 
 
 def _measure(
-    kind: str,
-    options: Options,
-    leaves: list[LeafLayout],
-    base: Checkpoint,
-    models: Mapping[str, Checkpoint],
+    kind: str, options: Options, leaves: list[LeafLayout], inputs: _Inputs
 ) -> Any:
     """What the kind has to know of all leaves, read in passes."""
     floats = [leaf for leaf in leaves if is_float(leaf.info)]
@@ -265,31 +306,30 @@ def _measure(
             "scope='model' cannot rank together; convert it, or set scope to 'leaf'."
         )
 
-    def lazy(checkpoint: Checkpoint) -> Params:
-        infos = {leaf.name: checkpoint.leaves[leaf.name] for leaf in floats}
-        return {
-            name: streaming.StoredLeaf(checkpoint, name, _MEMORY, info.dtype)
-            for name, info in infos.items()
-        }
+    def lazy(task: str | None = None) -> Params:
+        return {leaf.name: inputs.lazy(leaf.name, task) for leaf in floats}
 
-    trees = {name: lazy(model) for name, model in models.items()}
+    trees = {task: lazy(task) for task in inputs.models}
     with streaming.precision(np.dtype(np.float64) in widths):
-        return KINDS[kind].measure(lazy(base), trees, options)
+        return KINDS[kind].measure(lazy(), trees, options)
 
 
-def _read_leaves(
-    leaves: list[LeafLayout],
-    base: Checkpoint,
-    models: Mapping[str, Checkpoint],
-) -> Iterator[_LeafTasks]:
+def _read_leaves(leaves: list[LeafLayout], inputs: _Inputs) -> Iterator[_LeafTasks]:
     """Reads leaf by leaf; numbers are as wide as the leaf is until the next one."""
     for leaf in leaves:
-        start = base.read(leaf.name)
-        values = {name: model.read(leaf.name) for name, model in models.items()}
+        start = inputs.base.read(leaf.name)
+
+        def read(
+            task: str, leaf: LeafLayout = leaf, start: np.ndarray = start
+        ) -> tuple[np.ndarray, Any]:
+            value = inputs.models[task].read(leaf.name)
+            return value, changes(leaf, start, value, task)
+
+        fit = inputs.fit(leaf)
         with streaming.precision(leaf.is_double):
-            deltas = {n: changes(leaf, start, value, n) for n, value in values.items()}
-            moved = {name: delta for name, delta in deltas.items() if delta is not None}
-            yield _LeafTasks(leaf, start, values, moved)
+            yield _LeafTasks(
+                leaf, start, functools.cache(read) if fit else read, inputs
+            )
 
 
 def _write_leaves(
@@ -297,13 +337,12 @@ def _write_leaves(
     kind: str,
     options: Options,
     leaves: list[LeafLayout],
-    base: Checkpoint,
-    models: Mapping[str, Checkpoint],
+    inputs: _Inputs,
     tasks: Mapping[str, NewTask],
     progress: Progress,
 ) -> dict[str, list[str | None]]:
     """Writes base, shared vector and tasks; returns the digests of the first two."""
-    measured = _measure(kind, options, leaves, base, models)
+    measured, base = _measure(kind, options, leaves, inputs), inputs.base
     digests, done = {}, 0
     total = sum(leaf.info.nbytes for leaf in leaves)
     infos = {leaf.name: KINDS[kind].shared(leaf, options) for leaf in leaves}
@@ -315,12 +354,11 @@ def _write_leaves(
         writer = stack.enter_context(Writer(hidden / BASE_NAME, base.leaves))
         for sidecar in base.sidecars():
             writer.add_file(sidecar.name, sidecar)
-        for of_leaf in _read_leaves(leaves, base, models):
+        for of_leaf in _read_leaves(leaves, inputs):
             name = of_leaf.leaf.name
             writer.write(name, of_leaf.base)
             digests[name] = digest(as_bytes(of_leaf.base))
-            if of_leaf.deltas:
-                _write_tasks(kind, options, of_leaf, tasks, shared, measured)
+            _write_tasks(kind, options, of_leaf, tasks, shared, measured)
             done += of_leaf.leaf.info.nbytes
             progress(done, total, name)
         if shared is not None:
@@ -341,22 +379,30 @@ def _write_tasks(
     measured: Any,
 ) -> None:
     leaf, shared, infos = of_leaf.leaf, {}, {WHOLE: of_leaf.leaf.info}
+    changed = list(tasks)
     if not leaf.whole:
         infos = KINDS[kind].parts(leaf, options)
         if file is not None:
-            shared = _shared_parts(kind, options, of_leaf, measured)
-            of_shared = KINDS[kind].shared(leaf, options)
-            file.write(leaf.name, to_array(shared, of_shared))
-    for name, delta in of_leaf.deltas.items():
-        tasks[name].keep(kind, leaf, infos, of_leaf.values[name], delta, shared)
+            models = of_leaf.changed()
+            changed = list(models)
+            if models:
+                shared = _shared_parts(kind, options, of_leaf, models, measured)
+                of_shared = KINDS[kind].shared(leaf, options)
+                file.write(leaf.name, to_array(shared, of_shared))
+    for task in changed:
+        value, delta = of_leaf.read(task)
+        if delta is not None:
+            tasks[task].keep(kind, leaf, infos, value, delta, shared)
 
 
 def _shared_parts(
-    kind: str, options: Options, of_leaf: _LeafTasks, measured: Any
+    kind: str, options: Options, of_leaf: _LeafTasks, models: Models, measured: Any
 ) -> Parts:
     share, leaf = KINDS[kind].share, of_leaf.leaf
     assert share is not None
-    made = share(leaf, of_leaf.deltas, options, measured)
+    fit = of_leaf.inputs.fit(leaf)
+    base = of_leaf.base if fit else of_leaf.inputs.lazy(leaf.name)
+    made = share(leaf, base, models, options, measured)
     parts = {name: np.asarray(part) for name, part in made.items()}
     if not all(np.isfinite(part).all() for part in parts.values()):
         raise StoreError(

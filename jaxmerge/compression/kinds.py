@@ -10,7 +10,6 @@
 - `bitdelta`: the signs of each task vector, and one magnitude per matrix.
 """
 
-import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -30,21 +29,22 @@ from jaxmerge.compression.quantising import (
     dequantise,
     quantise,
 )
-from jaxmerge.leafwise import units_of
+from jaxmerge.leafwise import map_leaves, units_of
 from jaxmerge.lowrank import LowRank, apply_adapter
 from jaxmerge.matrices import MatrixAxes, leaf_axes, matrix_shape
 from jaxmerge.methods.masking import localise
 from jaxmerge.methods.multitask import MultiTaskVector, multi_task_vector
 from jaxmerge.methods.unified import agreeing, unify
 from jaxmerge.options import Leaf, choice, number, whole_number, without_effect
+from jaxmerge.streaming import computed
 from jaxmerge.tree import Params, is_float
 
 Options = Mapping[str, Any]
 Parts = dict[str, Any]
 """What is kept of a leaf for one task or for all: arrays by name; masks are packed."""
 
-Deltas = Mapping[str, Array]
-"""The task vectors of a leaf, by task, of those tasks that change it."""
+Models = Mapping[str, Any]
+"""A leaf of the models, by task, of those tasks that change it; it may be lazy."""
 
 CALLER = "create_store"
 WHOLE = "whole"
@@ -90,8 +90,8 @@ class Kind(NamedTuple):
         encode: from a task vector, and the parts that tasks share, to its parts.
         decode: from the base leaf, the shared parts, the parts and the task's scale to
             the leaf.
-        share: from the task vectors of a leaf, by task, and what `measure` found, to
-            the parts that tasks share.
+        share: from a leaf of the base and of the models, and what `measure` found, to
+            the parts that tasks share. Lazy leaves are read some rows at a time.
         shared: shape and dtype of these, as of `parts`.
         measure: what must be known before the first leaf is written, from the base and
             the models by task, trees of lazy leaves.
@@ -103,7 +103,7 @@ class Kind(NamedTuple):
     parts: Callable[[LeafLayout, Options], dict[str, LeafInfo]]
     encode: Callable[[LeafLayout, Array, Parts, Options], Parts]
     decode: Callable[[LeafLayout, Any, Parts, Parts, float], Any]
-    share: Callable[[LeafLayout, Deltas, Options, Any], Parts] | None = None
+    share: Callable[[LeafLayout, Any, Models, Options, Any], Parts] | None = None
     shared: Callable[[LeafLayout, Options], dict[str, LeafInfo]] = lambda leaf, _: {}
     measure: Callable[[Params, Mapping[str, Params], Options], Any] = (
         lambda base, models, options: None
@@ -225,21 +225,31 @@ def _tall_measure(
 
 
 def _tall_share(
-    leaf: LeafLayout, deltas: Deltas, options: Options, measured: _Mixture
+    leaf: LeafLayout, base: Any, models: Models, options: Options, measured: _Mixture
 ) -> Parts:
     tasks, vector = measured
-    unchanged = jnp.zeros_like(next(iter(deltas.values())))
-    of_tasks = [deltas.get(task, unchanged) for task in tasks]
-    numbers = vector.numbers(Leaf(CALLER, leaf.name, leaf.info.shape, len(tasks)))
-    mixed = _mixed(of_tasks, numbers, kernel=vector.kernel)
-    return {WHOLE: mixed.astype(leaf.info.dtype)}
+    of_tasks = [models.get(task, base) for task in tasks]
+    kernel, dtype, numbers = vector.kernel, leaf.info.dtype, vector.numbers
+    return {WHOLE: _combined(leaf, kernel, base, of_tasks, dtype, numbers)}
 
 
-@functools.partial(jax.jit, static_argnames="kernel")
-def _mixed(
-    deltas: Sequence[Array], numbers: dict[str, Any], *, kernel: Callable[..., Array]
-) -> Array:
-    return kernel(deltas, **numbers)
+def _combined(
+    leaf: LeafLayout,
+    kernel: Callable[..., Array],
+    base: Any,
+    models: Sequence[Any],
+    dtype: np.dtype,
+    numbers: Callable[[Leaf], dict[str, Any]] = lambda leaf: {},
+) -> np.ndarray:
+    """What a kernel makes of the task vectors of a leaf, in `dtype`."""
+    trees = [{leaf.name: model} for model in models]
+    of_base = {leaf.name: base}
+    made = map_leaves(kernel, trees, numbers, method=CALLER, base=of_base)[leaf.name]
+    whole = np.empty(leaf.info.shape, dtype)
+    with np.errstate(over="ignore"):
+        for index, part in computed(made, leaf.is_double):
+            whole[index] = part
+    return whole
 
 
 def _tall_encode(
@@ -254,18 +264,16 @@ def _localised(delta: Array, vector: Array, threshold: float) -> Array:
 
 
 def _emr_share(
-    leaf: LeafLayout, deltas: Deltas, options: Options, measured: Any
+    leaf: LeafLayout, base: Any, models: Models, options: Options, measured: Any
 ) -> Parts:
-    return {WHOLE: _unified(list(deltas.values())).astype(leaf.info.dtype)}
+    of_tasks, dtype = list(models.values()), leaf.info.dtype
+    return {WHOLE: _combined(leaf, unify, base, of_tasks, dtype)}
 
 
 def _emr_encode(
     leaf: LeafLayout, delta: Array, shared: Parts, options: Options
 ) -> Parts:
     return {"bits": _agreeing(delta, shared[WHOLE])}
-
-
-_unified = jax.jit(unify)
 
 
 @jax.jit
@@ -344,10 +352,16 @@ def _offset_parts(leaf: LeafLayout, options: Options) -> dict[str, LeafInfo]:
 
 
 def _offset_share(
-    leaf: LeafLayout, deltas: Deltas, options: Options, measured: Any
+    leaf: LeafLayout, base: Any, models: Models, options: Options, measured: Any
 ) -> Parts:
-    mean = sum(deltas.values()) / len(deltas)
+    total = _combined(leaf, _added, base, list(models.values()), leaf.wide)
+    # Divided by what is known when it is compiled, sums would be rounded twice.
+    mean = total / len(models)
     return quantise(mean, options["shared_bits"], leaf.axes.stack)._asdict()
+
+
+def _added(deltas: Sequence[Array]) -> Array:
+    return sum(deltas)  # type: ignore[return-value]
 
 
 def _residual_encode(

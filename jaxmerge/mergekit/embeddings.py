@@ -108,7 +108,7 @@ class Remapped:
         result = np.zeros((len(wanted), *map(len, others)), self.dtype)
         padded = wanted >= len(self.own)
         if padded.any():
-            result[padded] = self._mean(read, source)[tuple(rest)]
+            result[padded] = self._average(read, source)[tuple(rest)]
         places = np.flatnonzero(~padded)
         own = self.own[wanted[places]]
         if (own >= 0).any():
@@ -123,7 +123,7 @@ class Remapped:
                 result[place] = _mean(np.stack(rows_given))
         return result
 
-    def _mean(self, read: Read, source: LeafInfo) -> np.ndarray:
+    def _average(self, read: Read, source: LeafInfo) -> np.ndarray:
         """The mean of all rows but the padding; kept, as it takes the whole table."""
         if not self._means:
             rows = len(self.own)

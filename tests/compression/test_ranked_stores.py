@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxmerge
-from jaxmerge.compression import StoreError, building, create_store, open_store
+from jaxmerge.compression import StoreError, create_store, open_store
 from jaxmerge.compression.sources import InMemory
 
 SIGNS = {"vote": "mass", "tie": "majority", "aggregate": "sum"}
@@ -80,8 +80,7 @@ def test_large_leaves_are_measured_some_rows_at_a_time(tmp_path, monkeypatch):
         return read(self, name, *index)
 
     monkeypatch.setattr(InMemory, "read", noted)
-    monkeypatch.setattr(building, "_MEMORY", 1000)
-    create_store(tmp_path / "rows", base, models, **options)
+    create_store(tmp_path / "rows", base, models, memory=1000, **options)
     assert len({index[0][0].start for index in indices if index}) > 2
     whole, rows = (shared(tmp_path / name)["w"] for name in ("whole", "rows"))
     np.testing.assert_array_equal(whole, rows)
