@@ -355,7 +355,7 @@ def _offset_share(
     leaf: LeafLayout, base: Any, models: Models, options: Options, measured: Any
 ) -> Parts:
     total = _combined(leaf, _added, base, list(models.values()), leaf.wide)
-    # Divided by what is known when it is compiled, sums would be rounded twice.
+    # XLA would multiply by the rounded inverse of a number that it knows.
     mean = total / len(models)
     return quantise(mean, options["shared_bits"], leaf.axes.stack)._asdict()
 
