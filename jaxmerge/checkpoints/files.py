@@ -91,7 +91,12 @@ def config_with_dtype(path: Path, dtype: str) -> bytes:
 
 
 def as_json(content: Any) -> bytes:
-    """JSON as it is put into files that people read, too."""
+    """JSON as it is put into files that people read, too.
+
+    Example:
+        >>> json.loads(as_json(["\\u00e9", "\\udce9"])) == ["\\u00e9", "\\udce9"]
+        True
+    """
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     # Half a character, which names of files may have, is written as JSON has it.
     return text.encode(errors="backslashreplace")
