@@ -7,7 +7,7 @@ value is read. A merge that was interrupted goes on where it was when it is run 
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
