@@ -28,7 +28,7 @@ from jaxmerge.checkpoints import (
 from jaxmerge.checkpoints.files import as_json, config_with_dtype
 from jaxmerge.mergekit import MergekitRecipe
 from jaxmerge.parts import PartMerge, Rules
-from jaxmerge.planning import Part, Plan, open_inputs, plan_leaves
+from jaxmerge.planning import Part, Plan, check_placed, open_inputs, plan_leaves
 from jaxmerge.recipes import Recipe
 from jaxmerge.reports import (
     LeafReport,
@@ -59,8 +59,11 @@ def merge_checkpoints(
     """Merges checkpoints into a new one.
 
     Leaves are merged one by one, and those that are too large for `memory` some rows
-    at a time: the result is the same. A method that needs all leaves at once (`pcb`
-    with `scope: model`, say) is refused if they do not fit.
+    at a time: the result is the same, but for the last bit where sums or products are
+    rounded (`della`, `sce`, `model_stock` and means on spheres). Whole arrays that a
+    leaf's threshold or norm is taken of stay in memory, one at a time. A method that
+    needs all leaves at once (`pcb` with `scope: model`, say) is refused if they do not
+    fit.
 
     If the process dies, or is interrupted, the same merge into the same output goes on
     with the leaves that are not there yet. Until it is finished nothing takes away what
@@ -113,6 +116,7 @@ def merge_checkpoints(
                 f"{out} exists already; remove it or choose another name."
             )
         plan = resolve(recipe)
+        check_placed(plan, rules or {})
         merges = [PartMerge(part, memory, mesh, rules or {}) for part in plan.parts]
         opened = open_writer(
             out,

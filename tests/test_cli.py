@@ -97,8 +97,8 @@ def test_an_option_out_of_range(runs, capsys):
 
 
 def test_a_full_disk(runs, capsys, monkeypatch):
-    def full(path, *arguments):
-        raise OSError(28, "No space left on device", str(path))
+    def full(file, *arguments):
+        raise OSError(28, "No space left on device", file.name)
 
     monkeypatch.setattr(writer, "_write_at", full)
     message = fail(capsys, "merge", write_recipe(runs), "out")
