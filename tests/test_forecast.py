@@ -253,7 +253,8 @@ def recipe_file(runs, tmp_path):
     return write
 
 
-def test_the_command(recipe_file, unread, tmp_path, capsys):
+def test_the_command(recipe_file, unread, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     out = tmp_path / "plan.json"
     words = ["plan", recipe_file(), "--mesh", "data=2,model=4", "--hosts", "2"]
     assert main([*words, "--machine", "v5e", "--json", str(out)]) == 0

@@ -84,8 +84,8 @@ def test_the_same_store_in_less_memory(kind, options, trees, tmp_path, monkeypat
     create_store(tmp_path / "whole", base, models, kind=kind, **options)
     reads = Reads(monkeypatch)
     create_store(tmp_path / "rows", base, models, kind=kind, memory=MEMORY, **options)
-    # The base, one model, and rows of all: not all models.
-    assert reads.most <= 3 * LEAF
+    # The base, one model, and rows of all, until they are collected: not all models.
+    assert reads.most <= 4 * LEAF
     rows = [count for count in reads.rows if count < ROWS]
     assert not rows or max(rows) * 4 * COLUMNS * (len(TASKS) + 1) <= MEMORY
     assert bool(rows) == (kind in ("tall", "emr", "rtvq"))
