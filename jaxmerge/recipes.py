@@ -32,8 +32,6 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from jax import Array
-
 from jaxmerge.checkpoints import FORMATS, MAX_SHARD_BYTES, is_adapter
 from jaxmerge.recipe_syntax import (
     Place,
@@ -353,8 +351,8 @@ def _fits(value: Any, hint: Any) -> bool:
         )
     if hint is float:
         return type(value) in (int, float)
-    if hint is Array:
-        return isinstance(value, Array)
+    if getattr(hint, "__name__", "") == "Array":  # Of jax, which takes time to import.
+        return isinstance(value, hint)
     return hint is Any or type(value) is hint
 
 
