@@ -137,7 +137,7 @@ class Deferred:
         return sum(x.cost for x in self._lazy) + 12 * entries * (len(self._lazy) + 1)
 
     def read(self) -> Any:
-        return jax.tree.leaves(self.run(*load(self.arguments)))[self._index]
+        return self._at_once()[self._index]
 
     def reader(self) -> Reader:
         """What reads some rows, after it measured what they depend on."""
@@ -147,8 +147,11 @@ class Deferred:
     def all(self) -> list[Any]:
         """The values of all leaves of the result, which have no rows."""
         if comes_whole(self, self._lazy[0].shape):
-            return jax.tree.leaves(self.run(*load(self.arguments)))
+            return self._at_once()
         return self._by_rows()
+
+    def _at_once(self) -> list[Any]:
+        return jax.tree.leaves(self.run(*load(self.arguments)))
 
     def _by_rows(self) -> list[Any]:
         sliced, rows = self.sliced()

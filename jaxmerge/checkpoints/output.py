@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from jaxmerge.checkpoints.files import sync
 from jaxmerge.checkpoints.interface import CheckpointError, Index, LeafInfo
 from jaxmerge.checkpoints.journal import Journal, completed
 
@@ -271,17 +272,17 @@ class LeafWriter:
 
     def _sync_values(self) -> None:
         for path in self._unsynced():
-            _sync(path)
+            sync(path)
 
     def _publish(self) -> None:
         self._conclude()
         for path in self.unfinished.rglob("*"):
-            _sync(path)
-        _sync(self.unfinished)
+            sync(path)
+        sync(self.unfinished)
         self._refuse_existing()
         self.unfinished.rename(self.path)
         self._removable = False  # A directory of this name is another writer's now.
-        _sync(self.path.parent)
+        sync(self.path.parent)
         # Last of all: without them, nobody could go on with what is complete.
         for journal in _journals(self.path):
             journal.unlink()
@@ -356,12 +357,3 @@ def _part(shape: tuple[int, ...], index: Index) -> Part:
     ranges = [c.indices(n)[:2] for c, n in zip(cuts, shape, strict=False)]
     ranges += [(0, n) for n in shape[len(ranges) :]]
     return Part(tuple(a for a, _ in ranges), tuple(b - a for a, b in ranges))
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file or directory is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -30,6 +30,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from jaxmerge.checkpoints import CheckpointError, LeafInfo
+from jaxmerge.checkpoints.files import sync
 from jaxmerge.checkpoints.safetensors import lay_out
 from jaxmerge.compression.packing import flat_bits, row_bits
 
@@ -241,20 +242,12 @@ def whole_directory(path: Path) -> Iterator[Path]:
         hidden.mkdir()
         yield hidden
         for written in [*hidden.rglob("*"), hidden]:
-            _sync(written)
+            sync(written)
         refuse_existing()
         hidden.rename(path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def check_space(path: Path, needed: int) -> None:

@@ -227,9 +227,9 @@ def test_interruption_leaves_nothing_behind(tmp_path, error):
     assert names_in(tmp_path) == []
 
 
-@pytest.mark.parametrize("step", ["_write_at", "_create_file", "_sync"])
+@pytest.mark.parametrize("step", ["_write_at", "_create_file", "sync"])
 def test_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, step):
-    module = output if step == "_sync" else writer
+    module = output if step == "sync" else writer
     real = getattr(module, step)
     calls = []
 
