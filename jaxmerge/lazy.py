@@ -7,8 +7,9 @@ someone wants the result, leaf by leaf and, where a leaf is large, some rows at 
 import dataclasses
 import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any, Protocol, TypeGuard, runtime_checkable
+from typing import Any, TypeGuard
 
 import jax
 import numpy as np
@@ -17,38 +18,33 @@ from jax.sharding import NamedSharding
 from jaxmerge.slicing import Reader, Sliced
 
 
-@runtime_checkable
-class LazyLeaf(Protocol):
-    """Stands for an array in a tree of parameters."""
+class LazyLeaf(ABC):
+    """Stands for an array in a tree of parameters.
+
+    Attributes:
+        shape: of the array.
+        dtype: of the array.
+        sharding: how it lies on a mesh when it is read; then it is read whole.
+        memory: how many bytes may be in use at a time, about, to read or compute it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    sharding: NamedSharding | None
+    memory: int
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> np.dtype: ...
-
-    @property
-    def sharding(self) -> NamedSharding | None:
-        """How it lies on a mesh when it is read; then it is read whole."""
-        ...
-
-    @property
-    def memory(self) -> int:
-        """How many bytes may be in use at a time, about, to read or compute it."""
-        ...
-
-    @property
+    @abstractmethod
     def cost(self) -> int:
         """How many bytes are in use when the whole array is read, about."""
-        ...
 
+    @abstractmethod
     def read(self) -> Any:
         """The whole array."""
-        ...
 
+    @abstractmethod
     def reader(self) -> Reader:
         """What reads some rows of the array."""
-        ...
 
 
 def is_lazy(leaf: Any) -> TypeGuard[LazyLeaf]:
@@ -101,7 +97,7 @@ def comes_whole(leaf: LazyLeaf, shape: tuple[int, ...]) -> bool:
     return fits or not shape or shape[0] == 1
 
 
-class Deferred:
+class Deferred(LazyLeaf):
     """One leaf of the result of a function some of whose arguments are lazy.
 
     Args:
@@ -175,43 +171,25 @@ class Deferred:
         return _sliced(task), rows
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Whole:
-    """An array that can only be computed whole, from lazy leaves (a `LazyLeaf`).
+class Whole(LazyLeaf):
+    """An array that can only be computed whole, from lazy leaves.
 
-    Attributes:
+    Args:
         run: the function that computes it.
         arguments: pytrees, what it is called with.
         like: the shape and dtype of the result.
     """
 
-    run: Callable[..., Any]
-    arguments: tuple[Any, ...]
-    like: Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.like.shape)
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.like.dtype
-
-    @property
-    def sharding(self) -> NamedSharding | None:
-        return self._lazy[0].sharding
-
-    @property
-    def memory(self) -> int:
-        return min(leaf.memory for leaf in self._lazy)
+    def __init__(self, run: Callable[..., Any], arguments: tuple[Any, ...], like: Any):
+        self.shape, self.dtype = tuple(like.shape), like.dtype
+        self.run, self.arguments = run, arguments
+        self._lazy = [x for x in jax.tree.leaves(arguments) if is_lazy(x)]
+        self.memory = min(leaf.memory for leaf in self._lazy)
+        self.sharding = self._lazy[0].sharding
 
     @property
     def cost(self) -> int:
         return sum(leaf.cost for leaf in self._lazy)
-
-    @property
-    def _lazy(self) -> list[LazyLeaf]:
-        return [leaf for leaf in jax.tree.leaves(self.arguments) if is_lazy(leaf)]
 
     def read(self) -> Any:
         return self.run(*load(self.arguments))

@@ -1,6 +1,7 @@
 """The leaves of one part of an output: each checked, computed, and handed on."""
 
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -48,7 +49,7 @@ class PartMerge:
         self.part = part
         self._memory, self._placed = memory, _placed(part, mesh, rules)
         self._merged: dict[str, Any] = {}
-        self._wide = is_wide(part)
+        self._wide, self._turn = is_wide(part), threading.Lock()
         self._try_on_shapes()
         self._check_memory()
 
@@ -108,7 +109,7 @@ class PartMerge:
 
     def _values(self, name: str) -> Iterator[tuple[Index, np.ndarray]]:
         if name in self._merged:
-            yield from computed(self._merged[name], self._wide)
+            yield from computed(self._merged[name], self._wide, self._turn)
             return
         source = self.part.steps[name].source
         for index in self._blocks(name, source):

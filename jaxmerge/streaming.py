@@ -7,7 +7,6 @@ computes. JAX uses all cores for one computation, so there is one at a time.
 
 import contextlib
 import math
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxmerge.checkpoints import Checkpoint, Index
-from jaxmerge.lazy import slices
+from jaxmerge.lazy import LazyLeaf, slices
 from jaxmerge.sharding import of
 from jaxmerge.slicing import Reader
 
@@ -26,11 +25,10 @@ WORKERS = 3
 
 _BLOCK = 1 << 16  # Entries that are looked at together: small enough for the cache.
 _BLOCK_BYTES = 1 << 24  # What is read at a time of leaves that are copied or checked.
-_computing = threading.Lock()
 
 
-class StoredLeaf:
-    """A leaf of a checkpoint, read when it is asked for (a `LazyLeaf`).
+class StoredLeaf(LazyLeaf):
+    """A leaf of a checkpoint, read when it is asked for.
 
     Args:
         checkpoint: where it is.
@@ -51,8 +49,12 @@ class StoredLeaf:
         info = checkpoint.leaves[name]
         self.shape, self.dtype, self.memory = info.shape, dtype, memory
         self.sharding = sharding
-        self.cost, self.nbytes = info.entries * dtype.itemsize, info.nbytes
+        self.nbytes = info.nbytes
         self._checkpoint, self._name = checkpoint, name
+
+    @property
+    def cost(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> Any:
         if self.sharding is None:
@@ -85,12 +87,17 @@ def stream(names: Iterable[str], work: Callable[[str], None]) -> None:
             task.result()
 
 
-def computed(leaf: Any, wide: bool) -> Iterator[tuple[Index, np.ndarray]]:
+def computed(
+    leaf: Any,
+    wide: bool,
+    turn: contextlib.AbstractContextManager[Any] | None = None,
+) -> Iterator[tuple[Index, np.ndarray]]:
     """The values of a leaf, in parts that fit into memory; on a mesh, its own parts.
 
     Args:
         leaf: an array, or a lazy leaf.
         wide: whether to compute in float64, which JAX has off.
+        turn: what to hold while a part is computed: a lock, where several threads do.
 
     Yields:
         Where in the leaf a part is, and its values. Of copies of a part in several
@@ -98,7 +105,7 @@ def computed(leaf: Any, wide: bool) -> Iterator[tuple[Index, np.ndarray]]:
     """
     parts = slices(leaf)
     while True:
-        with _computing, precision(wide):
+        with turn or contextlib.nullcontext(), precision(wide):
             part = next(parts, None)
             if part is None:
                 return
