@@ -33,6 +33,7 @@ from jaxmerge.recipes import Recipe
 from jaxmerge.reports import (
     LeafReport,
     describe,
+    hash_all,
     in_background,
     merge_report,
     model_card,
@@ -269,7 +270,7 @@ def _hash(plan: Plan, writer: LeafWriter) -> _Digests:
     """The SHA-256 of all files of inputs by path: this process's share of them."""
     stored = {str(each.path.resolve()): each for each in plan.stored()}
     share = list(stored)[jax.process_index() :: jax.process_count()]
-    digests = {path: stored[path].digest() for path in share}
+    digests = hash_all({path: stored[path] for path in share})
     if _INPUTS not in writer.done:
         writer.complete(_INPUTS, digests)
     return digests

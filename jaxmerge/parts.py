@@ -15,7 +15,7 @@ from jaxmerge.lazy import load
 from jaxmerge.matrixwise import MatrixPlan, plan_matrices
 from jaxmerge.planning import Part
 from jaxmerge.recipe_syntax import MergeError
-from jaxmerge.reports import sum_of_squares
+from jaxmerge.reports import sums_of_squares
 from jaxmerge.sharding import shardings, spread_evenly
 from jaxmerge.streaming import (
     WORKERS,
@@ -96,8 +96,7 @@ class PartMerge:
                 self._check_finite(name, array)
                 rounded = _round(name, array, out.dtype)
                 if base is not None:
-                    start = base.read(name, index)
-                    squares += sum_of_squares(start), sum_of_squares(rounded, start)
+                    squares += sums_of_squares(base.read(name, index), rounded)
                 write(index, rounded)
         of_base, of_task_vector = squares.tolist()
         return of_base, of_task_vector

@@ -6,7 +6,7 @@ import platform
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -15,12 +15,13 @@ import numpy as np
 import yaml
 
 import jaxmerge
-from jaxmerge.checkpoints import REPORT_NAME
+from jaxmerge.checkpoints import REPORT_NAME, Checkpoint
 from jaxmerge.planning import Part, Plan
 
 T = TypeVar("T")
 
-_BLOCK = 8192  # Entries that are in float64 at a time: small enough for the cache.
+_BLOCK = 1 << 16  # Entries that are summed at a time: small enough for the cache.
+_HASHES = 2  # Checkpoints that are hashed at a time, beside a merge.
 
 
 class LeafReport(NamedTuple):
@@ -144,21 +145,42 @@ jaxmerge merge --from-report {report} again
 """
 
 
-def sum_of_squares(array: np.ndarray, minus: np.ndarray | None = None) -> float:
-    """The sum of the squares of `array`, or of `array - minus`, in float64.
+def sums_of_squares(base: np.ndarray, merged: np.ndarray) -> np.ndarray:
+    """Those of a base and of a task vector, (2,), in float64.
+
+    Parts are summed in float32, unless they are in float64 or too large for that.
+
+    Args:
+        base: array of any shape and floating-point dtype.
+        merged: array of the same shape.
 
     Example:
-        >>> sum_of_squares(np.array([3.0, 5.0]), minus=np.array([0.0, 1.0]))
-        25.0
+        >>> sums_of_squares(np.array([3.0, 4.0]), np.array([3.0, 6.0])).tolist()
+        [25.0, 4.0]
     """
-    flat, total = array.reshape(-1), 0.0
-    other = None if minus is None else minus.reshape(-1)
-    for start in range(0, flat.size, _BLOCK):
-        block = flat[start : start + _BLOCK].astype(np.float64)
-        if other is not None:
-            block -= other[start : start + _BLOCK]
-        total += float(block @ block)
-    return total
+    dtype = np.result_type(base, merged, np.float32)
+    with np.errstate(over="ignore"):
+        sums = _sums_of_squares(base, merged, dtype)
+    return sums if np.isfinite(sums).all() else _sums_of_squares(base, merged, float)
+
+
+def _sums_of_squares(base: np.ndarray, merged: np.ndarray, dtype: Any) -> np.ndarray:
+    base, merged = base.reshape(-1), merged.reshape(-1)
+    sums = np.zeros(2)
+    for start in range(0, base.size, _BLOCK):
+        of_base = base[start : start + _BLOCK].astype(dtype)
+        sums[0] += of_base @ of_base
+        delta = merged[start : start + _BLOCK].astype(dtype)
+        delta -= of_base
+        sums[1] += delta @ delta
+    return sums
+
+
+def hash_all(checkpoints: Mapping[str, Checkpoint]) -> dict[str, dict[str, str]]:
+    """The SHA-256 of all files of checkpoints, by key and name."""
+    with ThreadPoolExecutor(_HASHES) as pool:
+        digests = pool.map(lambda each: each.digest(), checkpoints.values())
+        return dict(zip(checkpoints, digests, strict=True))
 
 
 def in_background(function: Callable[[], T]) -> "Future[T]":

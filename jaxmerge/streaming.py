@@ -23,7 +23,7 @@ from jaxmerge.slicing import Reader
 WORKERS = 3
 """Threads: one computes, one reads, one writes."""
 
-_BLOCK = 1 << 16  # Entries that are looked at together: small enough for the cache.
+_BLOCK = 1 << 18  # Entries that are looked at together: small enough for the cache.
 _BLOCK_BYTES = 1 << 24  # What is read at a time of leaves that are copied or checked.
 
 
@@ -151,11 +151,14 @@ def all_finite(array: np.ndarray) -> bool:
     """Whether floating-point numbers hold no NaN and no infinity."""
     if array.dtype.itemsize == 1:  # Not all of these know infinity.
         array = array.astype(np.float32)
-    kind = f"uint{8 * array.dtype.itemsize}"
-    # NaN and infinity, and nothing else, have all bits of the exponent set.
-    exponent = np.asarray(np.inf, array.dtype).view(kind)
-    bits = np.ascontiguousarray(array).reshape(-1).view(kind)
+    bits = np.ascontiguousarray(array).reshape(-1).view(f"i{array.dtype.itemsize}")
+    unsigned = bits.view(f"u{array.dtype.itemsize}")
+    # NaN and infinity have all bits of the exponent set: none of their sign is larger.
+    least = np.asarray([np.inf, -np.inf], array.dtype)
+    positive = least.view(bits.dtype)[0]
+    negative = least.view(unsigned.dtype)[1]
     return not any(
-        ((bits[start : start + _BLOCK] & exponent) == exponent).any()
+        bits[start : start + _BLOCK].max() >= positive
+        or unsigned[start : start + _BLOCK].max() >= negative
         for start in range(0, bits.size, _BLOCK)
     )

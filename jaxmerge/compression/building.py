@@ -59,7 +59,7 @@ from jaxmerge.compression.sources import (
     open_source,
 )
 from jaxmerge.compression.writing import NewTask, changes
-from jaxmerge.reports import in_background
+from jaxmerge.reports import hash_all, in_background
 from jaxmerge.tree import Params, is_float
 
 MEMORY = 1_000_000_000
@@ -153,7 +153,7 @@ def create_store(
     with whole_directory(path) as hidden, contextlib.ExitStack() as stack:
         files = {n: _open_leaves(stack, hidden / TASKS_NAME / n) for n in sources}
         tasks = {n: NewTask(n, options_of_task(chosen, n), f) for n, f in files.items()}
-        hashes = in_background(lambda: _hashes({"": start, **sources}))
+        hashes = in_background(lambda: hash_all({"": start, **sources}))
         inputs = _Inputs(start, sources, memory)
         sections = _write_leaves(
             hidden, kind, chosen, leaves, inputs, tasks, progress or _silent
@@ -429,10 +429,6 @@ def _most_bytes(
 def _open_leaves(stack: contextlib.ExitStack, place: Path) -> BinaryIO:
     place.mkdir(parents=True, exist_ok=True)
     return stack.enter_context((place / LEAVES_NAME).open("wb"))
-
-
-def _hashes(sources: Mapping[str, Checkpoint]) -> dict[str, dict[str, str]]:
-    return {name: source.digest() for name, source in sources.items()}
 
 
 def _made(source: Checkpoint, hashes: Mapping[str, str]) -> dict[str, Any]:
