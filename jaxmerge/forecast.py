@@ -25,7 +25,7 @@ from jaxmerge.parts import PartMerge, is_wide
 from jaxmerge.planning import Inputs, MergeError, Part, Step, difference, plan_leaves
 from jaxmerge.recipes import Recipe
 from jaxmerge.sharding import spread_evenly
-from jaxmerge.streaming import WORKERS, StoredLeaf, precision
+from jaxmerge.streaming import WORKERS, StoredLeaf, precision, share_of
 from jaxmerge.tree import first_match, is_float
 
 
@@ -316,7 +316,7 @@ def _lazy_leaves(merge: PartMerge, memory: int) -> dict[str, Any]:
 
     def alone(name: str) -> Deferred:
         def stored(checkpoint: Checkpoint) -> dict[str, StoredLeaf]:
-            limit = 2**62 if holds else memory // WORKERS
+            limit = 2**62 if holds else share_of(memory)
             dtype = checkpoint.leaves[name].dtype
             return {name: StoredLeaf(checkpoint, name, limit, dtype)}
 

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, TypeGuard
 
 import jax
@@ -128,9 +128,12 @@ class Deferred(LazyLeaf):
 
     @property
     def cost(self) -> int:
-        """That of its arguments, and three arrays in float32 on the way from each."""
-        entries = max(math.prod(leaf.shape) for leaf in self._lazy)
-        return sum(x.cost for x in self._lazy) + 12 * entries * (len(self._lazy) + 1)
+        return self._cost(self._lazy)
+
+    def _cost(self, of: Sequence[LazyLeaf]) -> int:
+        """That of some arguments, and three arrays in float32 on the way from each."""
+        entries = max(math.prod(leaf.shape) for leaf in of)
+        return sum(x.cost for x in of) + 12 * entries * (len(of) + 1)
 
     def read(self) -> Any:
         return self._at_once()[self._index]
@@ -150,13 +153,12 @@ class Deferred(LazyLeaf):
         return jax.tree.leaves(self.run(*load(self.arguments)))
 
     def _by_rows(self) -> list[Any]:
-        sliced, rows = self.sliced()
         leaves = jax.tree.leaves(self.arguments)
         given = [leaf.reader() if is_lazy(leaf) else leaf for leaf in leaves]
-        return sliced(given, rows)
+        return self.sliced()(given, self.fit)
 
-    def sliced(self) -> tuple[Sliced, int]:
-        """The function as it is computed by rows, and how many rows at a time."""
+    def sliced(self) -> Sliced:
+        """The function as it is computed by rows."""
         leaves, structure = jax.tree.flatten(self.arguments)
         examples = as_shapes(leaves)
         task = _Task(
@@ -167,8 +169,13 @@ class Deferred(LazyLeaf):
             function=self._function,
             examples=examples,
         )
-        rows = max(1, self.memory * self._lazy[0].shape[0] // self.cost)
-        return _sliced(task), rows
+        return _sliced(task)
+
+    def fit(self, numbers: Sequence[int]) -> int:
+        """How many rows of some leaves of the arguments may be in memory at a time."""
+        leaves = jax.tree.leaves(self.arguments)
+        cost = self._cost([leaves[i] for i in numbers])
+        return max(1, self.memory * self._lazy[0].shape[0] // cost)
 
 
 class Whole(LazyLeaf):

@@ -101,25 +101,23 @@ def _whole(leaf: Deferred | Whole, lazy: list[Any]) -> LeafCost:
 
 
 def _by_rows(leaf: Deferred, lazy: list[Any]) -> LeafCost:
-    sliced, rows = leaf.sliced()
     leaves = jax.tree.leaves(leaf.arguments)
     number = lazy[0].shape[0]
     before = {i: _computation(x) for i, x in enumerate(leaves) if is_lazy(x)}
-    slices = -(-number // rows)
-    total, last = LeafCost(0, 0, slices=slices), 0
-    for piece in sliced.pieces(as_shapes(leaves), min(rows, number)):
+    rows = min(number, leaf.fit(list(before)))
+    total, last = LeafCost(0, 0, slices=-(-number // rows)), 0
+    for piece in leaf.sliced().pieces(as_shapes(leaves), leaf.fit):
         found = footprint(piece.run, *piece.arguments)
-        calls = 1 if piece.cut is None else slices
-        cut = [before[i] for i in piece.cut or []]
+        cut = [before[i] for i in piece.cut]
         operations = count_operations(
             jax.make_jaxpr(piece.run)(*piece.arguments), math.prod(lazy[0].shape)
         )
-        made = sum(x.held for x in cut) // slices
+        made = sum(x.held for x in cut) // piece.calls
         last = piece.kept + made + found.temporary + found.results
         total = total._replace(
             read=total.read + sum(x.read for x in cut),
-            operations=total.operations + operations.times(calls),
-            traffic=total.traffic + calls * found.traffic,
+            operations=total.operations + operations.times(piece.calls),
+            traffic=total.traffic + piece.calls * found.traffic,
             working=max(total.working, last),
             held=found.results,
             inputs=max(total.inputs, found.arguments),

@@ -1,7 +1,6 @@
 """The leaves of one part of an output: each checked, computed, and handed on."""
 
 import re
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,13 +17,13 @@ from jaxmerge.recipe_syntax import MergeError
 from jaxmerge.reports import sums_of_squares
 from jaxmerge.sharding import shardings, spread_evenly
 from jaxmerge.streaming import (
-    WORKERS,
     StoredLeaf,
     all_finite,
     blocks,
     computed,
     own_parts,
     precision,
+    share_of,
 )
 from jaxmerge.tree import is_float
 
@@ -49,7 +48,7 @@ class PartMerge:
         self.part = part
         self._memory, self._placed = memory, _placed(part, mesh, rules)
         self._merged: dict[str, Any] = {}
-        self._wide, self._turn = is_wide(part), threading.Lock()
+        self._wide = is_wide(part)
         self._try_on_shapes()
         self._check_memory()
 
@@ -108,7 +107,7 @@ class PartMerge:
 
     def _values(self, name: str) -> Iterator[tuple[Index, np.ndarray]]:
         if name in self._merged:
-            yield from computed(self._merged[name], self._wide, self._turn)
+            yield from computed(self._merged[name], self._wide)
             return
         source = self.part.steps[name].source
         for index in self._blocks(name, source):
@@ -139,9 +138,8 @@ class PartMerge:
             if checkpoint is like and dtype != out:
                 # The result has the dtype of this leaf and must not be rounded twice.
                 dtype = np.promote_types(dtype, np.float32)
-            # While one leaf is computed, others are checked or wait to be written.
             placed = self._placed.get(name)
-            return StoredLeaf(checkpoint, name, memory // WORKERS, dtype, placed)
+            return StoredLeaf(checkpoint, name, share_of(memory), dtype, placed)
 
         def leaves(checkpoint: Checkpoint) -> dict[str, StoredLeaf]:
             return {name: stored(checkpoint, name) for name in part.merged}

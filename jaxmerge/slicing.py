@@ -22,6 +22,9 @@ from jaxmerge.jaxprs import CALLS, called, is_literal
 Reader = Callable[[int, int], Any]
 """Reads the rows of an array from a start to a stop."""
 
+Fit = Callable[[Sequence[int]], int]
+"""How many rows of some of the leaves, by number, may be in memory at a time."""
+
 
 class Sliced:
     """A function of arrays with equally many rows whose results are computed by rows.
@@ -44,18 +47,19 @@ class Sliced:
         self._plan = _plan(self._program, [i for i, cut in numbers if cut])
         self._compiled: dict[int, Any] = {}
 
-    def __call__(self, leaves: Sequence[Any], rows: int) -> list[Any]:
+    def __call__(self, leaves: Sequence[Any], fit: Fit) -> list[Any]:
         """Measures what rows depend on besides themselves.
 
         Args:
             leaves: the leaves of the arguments; of those to slice, a `Reader`.
-            rows: how many rows may be in memory at a time.
+            fit: how many rows may be in memory at a time.
 
         Returns:
             For each leaf of the result a `Reader`, or its value if it has no rows.
         """
         inputs = dict(zip(self._program.inputs, leaves, strict=True))
         known = self._program.constants | inputs
+        numbers = self._numbers()
 
         def read(value: int, start: int, stop: int) -> Array:
             run, cut, others = self._by_rows(value)
@@ -64,6 +68,7 @@ class Sliced:
 
         for stage in self._plan.stages:
             for value in stage.gathered:
+                rows = fit([numbers[i] for i in self._by_rows(value)[1]])
                 aval = self._program.avals[value]
                 known[value] = _gather(aval, functools.partial(read, value), rows)
             results = self._settle(stage)([known[i] for i in stage.operands])
@@ -75,15 +80,16 @@ class Sliced:
             for i in self._program.outs
         ]
 
-    def pieces(self, leaves: Sequence[Any], rows: int) -> Iterator["Piece"]:
+    def pieces(self, leaves: Sequence[Any], fit: Fit) -> Iterator["Piece"]:
         """What a call runs, from shapes alone: to know its costs before.
 
         Args:
             leaves: the shapes of the leaves of the arguments.
-            rows: as in a call.
+            fit: as in a call.
         """
         inputs = dict(zip(self._program.inputs, leaves, strict=True))
-        numbers = {value: i for i, value in enumerate(inputs)}
+        numbers = self._numbers()
+        sliced = [numbers[i] for i, step in self._plan.makers.items() if step is None]
         whole = dict.fromkeys(self._program.constants)  # Those in memory.
 
         def shape_of(value: int) -> Any:
@@ -91,14 +97,17 @@ class Sliced:
                 return self._program.constants[value]
             return inputs.get(value, self._program.avals[value])
 
-        def by_rows(value: int) -> Piece:
+        def by_rows(value: int, of: Sequence[int] | None = None) -> Piece:
             run, cut, others = self._by_rows(value)
+            of_rows = [numbers[i] for i in cut]
+            number = self._program.avals[cut[0]].shape[0]
+            rows = min(fit(of_rows if of is None else of), number)
             parts = [
                 jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype)
                 for x in (self._program.avals[i] for i in cut)
             ]
             arguments = parts, [shape_of(i) for i in others], np.uint32(0)
-            return Piece(run, arguments, kept(), [numbers[i] for i in cut])
+            return Piece(run, arguments, kept(), of_rows, -(-number // rows))
 
         def kept() -> int:
             return sum(_nbytes(self._program.avals[i]) for i in whole)
@@ -108,13 +117,17 @@ class Sliced:
                 whole[value] = None
                 yield by_rows(value)
             arguments = ([shape_of(i) for i in stage.operands],)
-            yield Piece(self._settle(stage), arguments, kept(), None)
+            yield Piece(self._settle(stage), arguments, kept(), [], 1)
             whole |= dict.fromkeys(stage.results)
             for value in stage.gathered:
                 del whole[value]
         for value in self._program.outs:
             if value in self._plan.makers:
-                yield by_rows(value)
+                yield by_rows(value, sliced)
+
+    def _numbers(self) -> dict[int, int]:
+        """The numbers of leaves by those of the inputs."""
+        return {value: i for i, value in enumerate(self._program.inputs)}
 
     def _settle(self, stage: "_Stage") -> Any:
         """The compiled steps of a stage."""
@@ -162,14 +175,16 @@ class Piece(NamedTuple):
         run: the compiled function.
         arguments: what it is called with, or the shapes of that.
         kept: how many bytes of whole arrays are in memory at that time, without inputs.
-        cut: the leaves that rows are read of, each once; None if it runs only once, on
-            whole arrays.
+        cut: the leaves that rows are read of, each once; none if it runs on whole
+            arrays.
+        calls: how often it runs.
     """
 
     run: Any
     arguments: tuple[Any, ...]
     kept: int
-    cut: list[int] | None
+    cut: list[int]
+    calls: int
 
 
 def _nbytes(aval: Any) -> int:
@@ -178,6 +193,8 @@ def _nbytes(aval: Any) -> int:
 
 
 def _gather(aval: Any, read: Reader, rows: int) -> Array:
+    if rows >= aval.shape[0]:
+        return read(0, aval.shape[0])
     whole = _empty(aval.shape, aval.dtype)
     for start in range(0, len(whole), rows):
         stop = min(start + rows, len(whole))

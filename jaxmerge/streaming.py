@@ -1,8 +1,8 @@
 """From checkpoints to a checkpoint in bounded memory: read, compute, write at once.
 
 Leaves are worked on by a few threads. Each checks the inputs of its leaf, which brings
-them from disk, waits for its turn to compute, and then writes while the next one
-computes. JAX uses all cores for one computation, so there is one at a time.
+them from disk, computes, and writes. So there is something to do for all cores, also
+while one thread waits for a disk or JAX computes what only one core can do.
 """
 
 import contextlib
@@ -21,7 +21,9 @@ from jaxmerge.sharding import of
 from jaxmerge.slicing import Reader
 
 WORKERS = 3
-"""Threads: one computes, one reads, one writes."""
+"""Threads: while one reads and one writes, one computes."""
+
+_AT_ONCE = 128_000_000
 
 _BLOCK = 1 << 18  # Entries that are looked at together: small enough for the cache.
 _BLOCK_BYTES = 1 << 24  # What is read at a time of leaves that are copied or checked.
@@ -87,17 +89,21 @@ def stream(names: Iterable[str], work: Callable[[str], None]) -> None:
             task.result()
 
 
-def computed(
-    leaf: Any,
-    wide: bool,
-    turn: contextlib.AbstractContextManager[Any] | None = None,
-) -> Iterator[tuple[Index, np.ndarray]]:
+def share_of(memory: int) -> int:
+    """How many bytes each of the leaves that are worked on may take, of all there are.
+
+    More than some megabytes do not make it faster: the pages of large arrays are new
+    from the operating system each time, those of small ones are there already.
+    """
+    return min(memory // WORKERS, _AT_ONCE)
+
+
+def computed(leaf: Any, wide: bool) -> Iterator[tuple[Index, np.ndarray]]:
     """The values of a leaf, in parts that fit into memory; on a mesh, its own parts.
 
     Args:
         leaf: an array, or a lazy leaf.
         wide: whether to compute in float64, which JAX has off.
-        turn: what to hold while a part is computed: a lock, where several threads do.
 
     Yields:
         Where in the leaf a part is, and its values. Of copies of a part in several
@@ -105,7 +111,7 @@ def computed(
     """
     parts = slices(leaf)
     while True:
-        with turn or contextlib.nullcontext(), precision(wide):
+        with precision(wide):
             part = next(parts, None)
             if part is None:
                 return

@@ -149,7 +149,7 @@ def test_report(runs, trees):
     base = trees["base"]["layer_0"]["kernel"].astype(np.float64)
     delta = trees["math"]["layer_0"]["kernel"] - base
     assert leaf["treatment"] == "merged"
-    assert leaf["base_norm"] == pytest.approx(np.linalg.norm(base), rel=1e-12)
+    assert leaf["base_norm"] == pytest.approx(np.linalg.norm(base), rel=1e-6)
     assert leaf["task_vector_norm"] == pytest.approx(np.linalg.norm(delta), rel=1e-5)
     assert report["leaves"]["embed/kernel"]["task_vector_norm"] is None
     merged = [x for x in report["leaves"].values() if x["treatment"] == "merged"]

@@ -28,7 +28,7 @@ def by_rows(function, *arguments, sliced, rows=5):
         return read
 
     given = [reader(x) if cut else x for x, cut in zip(leaves, sliced, strict=True)]
-    results = Sliced(function, arguments, sliced)(given, rows)
+    results = Sliced(function, arguments, sliced)(given, lambda _: rows)
     whole = [
         np.concatenate([r(i, min(i + rows, ROWS)) for i in range(0, ROWS, rows)])
         if callable(r)
@@ -85,11 +85,11 @@ def test_several_leaves_and_what_is_not_sliced():
 
 def test_draws_of_rows_are_rows_of_all_draws():
     def by_leaf(x, key):
-        return x * random_words(key, x.shape)
+        return x * random_words(key, x)
 
     def by_row(x, key):
         keys = jax.random.split(key, ROWS)
-        return jax.vmap(lambda key, row: row * random_words(key, row.shape))(keys, x)
+        return jax.vmap(lambda key, row: row * random_words(key, row))(keys, x)
 
     def at_once(x, key):
         return x * jax.random.bits(key, x.shape, jnp.uint16)
@@ -112,7 +112,7 @@ def test_equal_leaves_are_compiled_once(compilations):
     arrays = [np.asarray(leaf(seed)) for seed in range(3)]
     counts = []
     for array in arrays:
-        (read,) = sliced([lambda start, stop, x=array: x[start:stop]], 6)
+        (read,) = sliced([lambda start, stop, x=array: x[start:stop]], lambda _: 6)
         read(0, 6), read(6, 12)
         counts.append(len(compilations))
     assert counts[0] == counts[1] == counts[2]

@@ -151,7 +151,7 @@ def drop(key: Array, delta: Array, keep: Array | float, rescale: Rescale) -> Arr
     Probabilities are rounded up to multiples of 2**-16.
     """
     count = jnp.ceil(jnp.asarray(keep, jnp.float32) * 2**16)
-    chosen = random_words(key, delta.shape).astype(jnp.float32) < count
+    chosen = random_words(key, delta).astype(jnp.float32) < count
     kept = jnp.where(chosen, delta, 0)
     if rescale == "inverse":
         return kept * (2**16 / count)
