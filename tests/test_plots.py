@@ -133,6 +133,24 @@ def test_heat_map_is_the_table(tasks):
     assert f"{100 * table.rows['ties'][0]:.1f}" in texts
 
 
+def test_cells_that_were_not_measured_are_empty():
+    table = make_table(3)
+    table.rows["ties"][1] = np.nan
+    texts = check_texts(plots.heat_map(table))
+    assert "nan" not in texts
+
+
+def test_several_runs_are_averaged():
+    table = make_table(3)
+    runs = np.stack([table.rows["ties"], table.rows["average"]])
+    both = table._replace(rows={"both": runs})
+    cells = plots.heat_map(both).axes[0].get_images()[0].get_array()
+    np.testing.assert_allclose(cells[0], 100 * np.append(runs.mean(0), runs.mean()))
+    line = plots.radar(both).axes[0].get_lines()[0]
+    expected = 100 * runs.mean(0) / table.individual
+    np.testing.assert_allclose(line.get_ydata()[:-1], expected)
+
+
 def test_many_methods_and_long_names_have_room():
     rows = [f"method_{i}, calibrated" for i in range(40)]
     assert set(rows) <= set(check_texts(plots.heat_map(make_table(rows=rows))))
@@ -277,6 +295,12 @@ def test_coefficients_per_layer():
     np.testing.assert_array_equal(image.get_array(), [[1, 0], [0.25, 2], [0.1, -0.5]])
     assert (image.norm.vmin, image.norm.vmax) == (-2, 2)
     assert {"block_2[1]", "block_10", "cars", "-0.50"} <= set(check_texts(figure))
+
+
+def test_learned_rules_are_coefficients():
+    rules = {r"layers\.0\.w": np.float32(0.5), ".*": 1.0}
+    texts = check_texts(plots.coefficients_per_layer(rules, ["scale"]))
+    assert {"layers.0.w", ".*", "0.50", "scale"} <= set(texts)
 
 
 def test_landscape_shows_the_scan_and_marks_models(trees, merged):

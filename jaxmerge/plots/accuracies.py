@@ -93,14 +93,14 @@ def heat_map(table: ResultTable, rows: Sequence[str] | None = None) -> Figure:
     Raises:
         ValueError: rows that the table has not got.
     """
-    names = _rows("heat_map", table, rows)
-    values = [table.rows[name] for name in names] + [table.individual]
-    accuracies = 100 * np.array(values, np.float64)
-    cells = np.c_[accuracies, accuracies.mean(axis=1)]
-    names, columns = [*names, "individual"], [*table.tasks, "mean"]
+    names = [*_rows("heat_map", table, rows), "individual"]
+    everything = _with_individual(table)
+    accuracies = [_accuracies(everything.rows[name]) for name in names]
+    cells = 100 * np.c_[accuracies, [everything.mean(name) for name in names]]
+    columns = [*table.tasks, "mean"]
     figure = heat_picture(names, columns)
     axes = axes_of(figure)
-    limits = (float(cells.min()), float(cells.max()))
+    limits = (float(np.nanmin(cells)), float(np.nanmax(cells)))
     draw_heat(
         axes,
         cells,
@@ -185,7 +185,7 @@ def accuracy_against_bytes(table: ResultTable, nbytes: Mapping[str, int]) -> Fig
         ValueError: names that are no rows, sizes that are not positive, or none.
     """
     method = "accuracy_against_bytes"
-    everything = table._replace(rows={**table.rows, "individual": table.individual})
+    everything = _with_individual(table)
     _rows(method, everything, list(nbytes))
     if not nbytes or min(nbytes.values()) <= 0:
         raise ValueError(
@@ -228,7 +228,16 @@ def _rows(
 
 
 def _relative(table: ResultTable, name: str) -> np.ndarray:
-    return 100 * np.divide(table.rows[name], table.individual)
+    return 100 * _accuracies(table.rows[name]) / _accuracies(table.individual)
+
+
+def _accuracies(values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Those on each task, (T,): the mean over runs, where there are several."""
+    return np.atleast_2d(np.asarray(values, np.float64)).mean(axis=0)
+
+
+def _with_individual(table: ResultTable) -> ResultTable:
+    return table._replace(rows={**table.rows, "individual": table.individual})
 
 
 def _unit(nbytes: float) -> tuple[float, str]:

@@ -1,5 +1,6 @@
 """Pictures of coefficients: sweeps, learned ones, and the plane of two task vectors."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -84,24 +85,26 @@ def coefficients_per_layer(
     """How much of each task vector each layer takes; 0 is none of it.
 
     Args:
-        coefficients: by layer, or by leaf or submodule, of shape (models,), or with
-            further axes in front, as for heads: `jaxmerge.submodule_coefficients`.
-        names: of the models.
+        coefficients: by layer, leaf or submodule, as `jaxmerge.submodule_coefficients`
+            gives them or as rules are: of shape (models,), a scalar for one, or with
+            further axes in front, such as that of heads.
+        names: of the models, or of what else the coefficients multiply.
 
     Raises:
         ValueError: other than one coefficient per name, or none at all.
     """
     rows: dict[str, np.ndarray] = {}
     for layer in sorted(coefficients, key=natural):
-        of_layer = np.asarray(coefficients[layer], np.float64)
+        of_layer = np.atleast_1d(np.asarray(coefficients[layer], np.float64))
         if of_layer.shape[-1:] != (len(names),):
             raise ValueError(
                 f"coefficients_per_layer: those of {layer!r} have shape "
                 f"{of_layer.shape}, there are {len(names)} names; the last axis must "
                 "be that of the models."
             )
+        name = re.sub(r"\\(.)", r"\1", layer)  # Rules escape the dots of paths.
         for place in np.ndindex(of_layer.shape[:-1]):
-            rows["".join([layer, *(f"[{i}]" for i in place)])] = of_layer[place]
+            rows["".join([name, *(f"[{i}]" for i in place)])] = of_layer[place]
     if not rows:
         raise ValueError("coefficients_per_layer: there are none.")
     values = np.array(list(rows.values()))
