@@ -152,7 +152,7 @@ def test_several_runs_are_averaged():
 
 
 def test_many_methods_and_long_names_have_room():
-    rows = [f"method_{i}, calibrated" for i in range(40)]
+    rows = [f"method_{i}, calibrated" for i in range(24)]
     assert set(rows) <= set(check_texts(plots.heat_map(make_table(rows=rows))))
 
 

@@ -146,6 +146,8 @@ def colour_bar(axes: Axes, image: Any, label: str, width: float) -> None:
     bar.outline.set_visible(False)  # pyright: ignore
     bar.set_label(label)
     tidy(bar.ax).spines[:].set_visible(False)
+    figure: Any = axes.figure
+    figure.draw_without_rendering()  # The layout learns how wide the bar is.
 
 
 CELL_WIDTH = 0.62
@@ -159,7 +161,8 @@ def heat_picture(
     above = text_width(columns)
     above = 0.65 * above + 0.1 if above > CELL_WIDTH else 0.25
     width = text_width(rows) + CELL_WIDTH * len(columns) + 0.9
-    return picture(max(width, 3.0), max(height * len(rows) + above + 0.1, 1.6))
+    # The label of the colours needs its height, however few the rows are.
+    return picture(width, max(height * len(rows) + above + 0.1, 1.8))
 
 
 def contrast(colour: Any) -> str:
