@@ -322,8 +322,10 @@ def test_landscape_shows_the_scan_and_marks_models(trees, merged):
 
 def test_a_flat_landscape_is_drawn(trees):
     base, (a, b, _) = trees
-    figure = plots.landscape(lambda params: jnp.ones(()), base, a, b, points=2)
-    check_texts(figure)
+    scan = scan_plane(lambda params: jnp.ones(()), base, a, b, points=2)
+    assert {"base", "A", "B", "loss"} <= set(
+        check_texts(plots.draw_landscape(scan, label="loss"))
+    )
 
 
 def test_pictures_are_transparent_and_show_themselves(tmp_path):

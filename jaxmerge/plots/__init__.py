@@ -22,6 +22,7 @@ from jaxmerge.plots.accuracies import (
 )
 from jaxmerge.plots.coefficients import (
     coefficients_per_layer,
+    draw_landscape,
     landscape,
     sweep_curves,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "accuracy_against_tasks",
     "coefficients_per_layer",
     "cosine_matrix",
+    "draw_landscape",
     "heat_map",
     "landscape",
     "mask_overlap",

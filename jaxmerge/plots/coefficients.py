@@ -153,7 +153,12 @@ def landscape(
 
 
 def draw_landscape(scan: Landscape, *, label: str = "score") -> Figure:
-    """The picture of `landscape`, of scores that are there already."""
+    """The picture of `landscape`, of scores that are there already.
+
+    Args:
+        scan: from `jaxmerge.landscape.scan_plane`.
+        label: what the score is called, with its unit.
+    """
     first, towards, aside = list(scan.marks)[:3]
     wide, high = np.ptp(scan.x), np.ptp(scan.y)
     figure = picture(6.2, 0.6 + 4.9 * high / wide)
