@@ -36,8 +36,13 @@ def batch(function: Callable[[Array], Any], width: int, memory: int) -> Batched:
     """
     row = jax.ShapeDtypeStruct((width,), jnp.result_type(float))
     values, run_one = hoist(function, row)
-    needed = footprint(run_one, values, row)
-    together = max(1, memory // max(1, needed.temporary + needed.results))
+
+    def run_all(values: list[Array], rows: Array) -> Any:
+        return jax.vmap(functools.partial(run_one, values))(rows)
+
+    # Of a row alone, the compiler may keep nothing where it keeps arrays of several.
+    needed = footprint(run_all, values, jax.ShapeDtypeStruct((2, width), row.dtype))
+    together = max(1, 2 * memory // max(1, needed.temporary + needed.results))
 
     @jax.jit
     def run(values: list[Array], rows: Array) -> Any:
@@ -46,8 +51,7 @@ def batch(function: Callable[[Array], Any], width: int, memory: int) -> Batched:
         size = -(-len(rows) // chunks)
         padding = ((0, chunks * size - len(rows)), (0, 0))
         padded = jnp.pad(rows, padding, mode="edge").reshape(chunks, size, width)
-        each = jax.vmap(functools.partial(run_one, values))
-        results = jax.lax.map(each, padded)
+        results = jax.lax.map(functools.partial(run_all, values), padded)
         flat = lambda x: x.reshape(chunks * size, *x.shape[2:])[: len(rows)]  # noqa: E731
         return jax.tree.map(flat, results)
 

@@ -4,7 +4,9 @@ Yang et al., "AdaMerging: Adaptive Model Merging for Multi-Task Learning", ICLR 
 arXiv:2310.02575.
 
 A merge is differentiable in its coefficients. What it does before they come in, such as
-trimming or factorising task vectors, is computed once for all steps.
+trimming or factorising task vectors, is computed once for all steps. Merges with loops
+whose length depends on values have derivatives in the direction of coefficients only;
+then it takes one merge for each coefficient and step.
 """
 
 import functools
@@ -30,7 +32,7 @@ from jaxmerge.evaluation.measuring import (
 from jaxmerge.leafwise import check_models, merge_leaves
 from jaxmerge.methods.arithmetic import task_arithmetic
 from jaxmerge.options import Leaf, choice, number, per_model, whole_number
-from jaxmerge.tree import Params, is_float, named_leaves
+from jaxmerge.tree import Params, is_float, named_leaves, rebuild
 from jaxmerge.tuning.hoisting import Hoisted, hoist
 
 Method = Callable[..., Params]
@@ -275,13 +277,21 @@ def _learn(
     problem = _problem(caller, base, models, granularity, method, option)
     numbers = len(models) if problem.each else 1
     start = jnp.full((len(problem.paths), numbers), initial)
-    merged = hoist(lambda c: problem.merge(problem.rules(c)), start)
-    functions = {task: run for task, (run, _) in tasks.items()}
-    step = _step(caller, merged, functions, loss, optax.adam(rate), bounds)
+    merged = hoist(lambda c: _floats(problem.merge(problem.rules(c)), base), start)
+
+    def mean_loss(floats: Mapping[str, Array], batches: Mapping[str, Any]) -> Array:
+        params = rebuild(base, named_leaves(base) | dict(floats))
+        total = jnp.zeros(())
+        for task, (run, _) in tasks.items():
+            of_task = functools.partial(_task_loss, caller, run, loss)
+            total += sharding.auto(of_task, like=total)(params, batches[task])
+        return total / len(tasks)
+
+    step = _step(merged, start, mean_loss, optax.adam(rate), bounds)
     coefficients, state, losses = start, optax.adam(rate).init(start), []
     for i in range(steps):
         batch = {task: given[i % len(given)] for task, (_, given) in tasks.items()}
-        value, coefficients, state = step(merged.values, coefficients, state, batch)
+        value, coefficients, state = step(coefficients, state, batch)
         losses.append(value)
     course = np.array(jax.device_get(losses), float)
     if not np.isfinite(course).all():
@@ -348,38 +358,76 @@ def _scale(deltas: Sequence[Array], *, factor: Array) -> Array:
     return factor * deltas[0]
 
 
+def _floats(params: Params, base: Params) -> dict[str, Array]:
+    """The leaves that a merge changes, by path."""
+    leaves = named_leaves(params)
+    return {path: leaves[path] for path, x in named_leaves(base).items() if is_float(x)}
+
+
 def _step(
-    caller: str,
     merged: Hoisted,
-    functions: Mapping[str, Apply],
-    loss: PerExample,
+    start: Array,
+    mean_loss: Callable[[Mapping[str, Array], Any], Array],
     optimiser: optax.GradientTransformation,
     bounds: Bounds | None,
 ) -> Callable[..., Any]:
     """One step of the optimiser, from coefficients to the loss there and new ones."""
-
-    def mean_loss(
-        coefficients: Array, values: list[Array], batches: Mapping[str, Any]
-    ) -> Array:
-        params = merged.run(values, coefficients)
-        total = jnp.zeros(())
-        for task, run in functions.items():
-            of_task = functools.partial(_task_loss, caller, run, loss)
-            total += sharding.auto(of_task, like=total)(params, batches[task])
-        return total / len(functions)
+    pull_back = _backwards if _is_reversible(merged, start) else _forwards
 
     @jax.jit
     def step(
         values: list[Array], coefficients: Array, state: Any, batches: Any
     ) -> tuple[Array, Array, Any]:
-        value, slope = jax.value_and_grad(mean_loss)(coefficients, values, batches)
+        run = functools.partial(merged.run, values)
+        value, slope = jax.value_and_grad(mean_loss)(run(coefficients), batches)
+        slope = pull_back(run, coefficients, slope)
         update, state = optimiser.update(slope, state, coefficients)
         moved = jnp.asarray(optax.apply_updates(coefficients, update))
         if bounds is not None:
             moved = jnp.clip(moved, *bounds)
         return value, moved, state
 
-    return step
+    return functools.partial(step, merged.values)
+
+
+def _is_reversible(merged: Hoisted, start: Array) -> bool:
+    """Whether JAX can differentiate a merge from parameters back to coefficients."""
+
+    def total(coefficients: Array) -> Array:
+        leaves = merged.run(merged.values, coefficients).values()
+        return sum((jnp.sum(leaf) for leaf in leaves), jnp.zeros(()))
+
+    try:
+        jax.eval_shape(jax.grad(total), start)
+    except (NotImplementedError, ValueError):
+        return False  # There is a loop in it whose length depends on values, say.
+    return True
+
+
+def _backwards(
+    run: Callable[[Array], dict[str, Array]],
+    coefficients: Array,
+    slope: dict[str, Array],
+) -> Array:
+    """The slope along coefficients of what has `slope` along merged leaves."""
+    _, pull = jax.vjp(run, coefficients)
+    return pull(slope)[0]
+
+
+def _forwards(
+    run: Callable[[Array], dict[str, Array]],
+    coefficients: Array,
+    slope: dict[str, Array],
+) -> Array:
+    """As `_backwards`, one coefficient after the other."""
+
+    def along(direction: Array) -> Array:
+        _, moved = jax.jvp(run, (coefficients,), (direction,))
+        products = (jnp.sum(slope[path] * moved[path]) for path in slope)
+        return sum(products, jnp.zeros(()))
+
+    directions = jnp.eye(coefficients.size).reshape(-1, *coefficients.shape)
+    return jax.lax.map(along, directions).reshape(coefficients.shape)
 
 
 def _task_loss(
