@@ -276,7 +276,7 @@ def _learn(
             raise ValueError(f"{caller}: task {task!r} has no batches.")
     problem = _problem(caller, base, models, granularity, method, option)
     numbers = len(models) if problem.each else 1
-    start = jnp.full((len(problem.paths), numbers), initial)
+    start = jnp.full((len(problem.paths), numbers), initial, jnp.float32)
     merged = hoist(lambda c: _floats(problem.merge(problem.rules(c)), base), start)
 
     def mean_loss(floats: Mapping[str, Array], batches: Mapping[str, Any]) -> Array:

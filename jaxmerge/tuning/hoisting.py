@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import Array
 
-from jaxmerge.jaxprs import Body, Equation, bind, body_of, called, is_literal
+from jaxmerge.jaxprs import Body, Equation, bind, body_of, called, inside, is_literal
 
 
 class Hoisted(NamedTuple):
@@ -32,7 +32,8 @@ def hoist(function: Callable[[Any], Any], example: Any) -> Hoisted:
 
     Args:
         function: of one pytree of arrays, which JAX can trace. Arrays that it closes
-            over become arguments of the compiled program, not part of it.
+            over become arguments of the compiled program, not part of it. On `Explicit`
+            axes of a mesh that may be all, as calls are not looked into there.
         example: an argument, or the shapes of one; all others must be like it.
 
     Example:
@@ -42,7 +43,8 @@ def hoist(function: Callable[[Any], Any], example: Any) -> Hoisted:
         >>> float(values[0]), float(run(values, 0.5))
         (6.0, 3.0)
     """
-    closed, shapes = jax.make_jaxpr(function, return_shape=True)(example)
+    traced = jax.make_jaxpr(jax.jit(function), return_shape=True)
+    closed, shapes = traced(example)
     body = body_of(closed)
     varying = [_ABSENT] * len(body.jaxpr.invars)
     reads: list[int] = []
@@ -138,7 +140,7 @@ def _walk(body: Body, operands: Sequence[Any], part: _Once | _Rest) -> list[Any]
     for eqn in jaxpr.eqns:
         given = [read(atom) for atom in eqn.invars]
         name = eqn.primitive.name
-        if name in _INLINED:
+        if _opens(eqn):
             inner = called(eqn)
             if isinstance(part, _Rest):
                 inner = inner._replace(consts=[_ABSENT] * len(inner.consts))
@@ -149,6 +151,21 @@ def _walk(body: Body, operands: Sequence[Any], part: _Once | _Rest) -> list[Any]
             results = part.step(jaxpr, eqn, given)
         known.update(zip(eqn.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def _opens(eqn: Equation) -> bool:
+    """Whether a call is gone through, not run as a whole.
+
+    A call that leaves `Explicit` axes of a mesh to the compiler is not: what is
+    computed in it has another type outside.
+    """
+    if eqn.primitive.name not in _INLINED:
+        return False
+    return not any(inner.primitive.name in _CASTS for inner in inside(eqn))
+
+
+_CASTS = frozenset({"mesh_cast", "reshard"})
+"""Primitives by which arrays get into such a call, and out of it."""
 
 
 def _value(x: Any) -> Any:
