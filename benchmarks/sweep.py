@@ -1,8 +1,8 @@
 """How much faster is a sweep than the same merges and evaluations one by one?
 
-    python benchmarks/sweep.py [--points 200] [--models 4] [--repeats 3]
+    python benchmarks/sweep.py [--points 200] [--models 8] [--repeats 3]
 
-A small stack of MLP blocks, its fine-tuned models, and validation data of some size; one
+A small stack of MLP blocks, its fine-tuned models and some validation data; one
 scale is swept. The other sides are what one would write without `sweep`: a jitted merge
 and a jitted evaluation; both in one jitted function; and the merge as it is called in a
 notebook, then a jitted evaluation. All sides are timed when they are compiled, and what
@@ -89,7 +89,7 @@ def measure(merge, scales, score, repeats):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--points", type=int, default=200)
-    parser.add_argument("--models", type=int, default=4)
+    parser.add_argument("--models", type=int, default=8)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
