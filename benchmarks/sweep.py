@@ -23,6 +23,15 @@ import jaxmerge
 from jaxmerge.tuning import grid
 from jaxmerge.tuning.sweeping import compile_scores
 
+CASES = (
+    ("task_arithmetic", 64),
+    ("ties", 64),
+    ("tsv_merge", 64),
+    ("task_arithmetic", 1024),
+    ("ties", 1024),
+)
+"""Methods, and how many examples each of their merges is evaluated on."""
+
 
 def make(width, blocks, models, seed=0):
     """A base and models near it, as nested dicts."""
@@ -97,7 +106,7 @@ def main():
     base, models = make(args.width, args.blocks, args.models)
     scales = np.linspace(0.0, 1.0, args.points)
     rows = []
-    for examples in (64, 1024):
+    for name, examples in CASES:
         draw = np.random.default_rng(1)
         x = jnp.float32(draw.standard_normal((examples, args.width)))
         y = jnp.asarray(draw.integers(0, 10, examples))
@@ -105,21 +114,20 @@ def main():
         def score(params, x=x, y=y):
             return -jaxmerge.evaluate(apply, params, (x, y), "cross_entropy")
 
-        for name in ("task_arithmetic", "ties", "tsv_merge"):
-            merge = functools.partial(getattr(jaxmerge, name), base, models)
-            times, first = measure(merge, scales, score, args.repeats)
-            rows += [
-                [
-                    name,
-                    f"{examples}",
-                    side,
-                    f"{times[side]:.3f}",
-                    f"{times[side] / times['sweep']:.1f}",
-                    f"{first[side]:.1f}",
-                    f"{first[side] / first['sweep']:.1f}",
-                ]
-                for side in times
+        merge = functools.partial(getattr(jaxmerge, name), base, models)
+        times, first = measure(merge, scales, score, args.repeats)
+        rows += [
+            [
+                name,
+                f"{examples}",
+                side,
+                f"{times[side]:.3f}",
+                f"{times[side] / times['sweep']:.1f}",
+                f"{first[side]:.1f}",
+                f"{first[side] / first['sweep']:.1f}",
             ]
+            for side in times
+        ]
     entries = sum(leaf.size for leaf in jax.tree.leaves(base))
     write_table(
         "sweep",

@@ -130,8 +130,7 @@ class _Rest(NamedTuple):
 def _walk(body: Body, operands: Sequence[Any], part: _Once | _Rest) -> list[Any]:
     """Goes through a jaxpr, and the calls in it, in an order that both parts share."""
     jaxpr = body.jaxpr
-    consts = body.consts
-    known = dict(zip(jaxpr.constvars, consts, strict=True))
+    known = dict(zip(jaxpr.constvars, body.consts, strict=True))
     known |= dict(zip(jaxpr.invars, operands, strict=True))
 
     def read(atom: Any) -> Any:

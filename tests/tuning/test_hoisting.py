@@ -47,9 +47,9 @@ def test_arrays_become_arguments_and_none_is_kept_twice():
     values, run = hoist(function, 1.0)
     assert [v.tolist() for v in values] == [[1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5]]
     assert not jax.make_jaxpr(run)(values, 2.0).consts
-    chex_like = function(2.0)
+    want = function(2.0)
     for name, leaf in run(values, 2.0).items():
-        np.testing.assert_array_equal(leaf, chex_like[name])
+        np.testing.assert_array_equal(leaf, want[name])
 
 
 def test_what_depends_on_nothing_or_on_everything():

@@ -230,8 +230,7 @@ def test_bounds_of_traced_options_are_checked():
         sweep(merge, grid(threshold=[0.4, -1.0, 0.2]), lambda p: jnp.sum(p["w"]))
 
 
-def test_sweeps_can_be_differentiated_around(merge):
-    """What a sweep closes over may be arrays of any kind."""
+def test_what_a_merge_closes_over_may_be_on_a_device(merge):
     on_device = jax.tree.map(jnp.asarray, merge.args)
     found = sweep(
         functools.partial(jaxmerge.ties, *on_device), grid(scale=[0.2, 0.4]), score
