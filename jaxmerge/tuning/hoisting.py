@@ -6,7 +6,7 @@ hundred times. Here the jaxpr of a function is cut in two: what its argument has
 in runs once, the rest as often as there are arguments.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -43,29 +43,27 @@ def hoist(function: Callable[[Any], Any], example: Any) -> Hoisted:
         >>> float(values[0]), float(run(values, 0.5))
         (6.0, 3.0)
     """
-    traced = jax.make_jaxpr(jax.jit(function), return_shape=True)
-    closed, shapes = traced(example)
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(example)
     body = body_of(closed)
     varying = [_ABSENT] * len(body.jaxpr.invars)
     reads: list[int] = []
+    consts = list(_consts(body))
 
     @jax.jit
-    def prepare(consts: Sequence[Array]) -> list[Array]:
-        once = _Once([], {}, reads)
-        results = _walk(Body(body.jaxpr, consts), varying, once)
+    def prepare(given: dict[int, Array]) -> list[Array]:
+        once = _Once(iter([given[id(x)] for x in consts]), [], {}, reads)
+        results = _walk(body, varying, once)
         for result in results:
             once.record(result)
         return once.values
 
     def run(values: list[Array], argument: Any) -> Any:
         rest = _Rest(iter([values[i] for i in reads]))
-        consts = [_ABSENT] * len(body.consts)
-        leaves = jax.tree.leaves(argument)
-        results = _walk(Body(body.jaxpr, consts), leaves, rest)
+        results = _walk(body, jax.tree.leaves(argument), rest)
         leaves = [rest.operand(result) for result in results]
         return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
-    return Hoisted(prepare(body.consts), run)
+    return Hoisted(prepare({id(x): x for x in consts}), run)
 
 
 _ABSENT: Any = object()
@@ -88,14 +86,19 @@ class _Once(NamedTuple):
     """The part that runs once; it writes down what the other one will read.
 
     Attributes:
+        given: the arrays that the function and its calls close over, in order.
         values: what is read, each once.
         places: of values, by identity.
         reads: the places of what is read, in the order of reading.
     """
 
+    given: Iterator[Array]
     values: list[Any]
     places: dict[int, int]
     reads: list[int]
+
+    def const(self) -> Any:
+        return next(self.given)
 
     def record(self, value: Any) -> None:
         if value is _ABSENT or isinstance(value, _Free):
@@ -116,7 +119,10 @@ class _Once(NamedTuple):
 class _Rest(NamedTuple):
     """The part that runs for every argument; it reads values in the same order."""
 
-    values: Any
+    values: Iterator[Array]
+
+    def const(self) -> Any:
+        return _ABSENT
 
     def operand(self, value: Any) -> Any:
         return next(self.values) if value is _ABSENT else _value(value)
@@ -130,7 +136,7 @@ class _Rest(NamedTuple):
 def _walk(body: Body, operands: Sequence[Any], part: _Once | _Rest) -> list[Any]:
     """Goes through a jaxpr, and the calls in it, in an order that both parts share."""
     jaxpr = body.jaxpr
-    known = dict(zip(jaxpr.constvars, body.consts, strict=True))
+    known = {variable: part.const() for variable in jaxpr.constvars}
     known |= dict(zip(jaxpr.invars, operands, strict=True))
 
     def read(atom: Any) -> Any:
@@ -140,16 +146,21 @@ def _walk(body: Body, operands: Sequence[Any], part: _Once | _Rest) -> list[Any]
         given = [read(atom) for atom in eqn.invars]
         name = eqn.primitive.name
         if _opens(eqn):
-            inner = called(eqn)
-            if isinstance(part, _Rest):
-                inner = inner._replace(consts=[_ABSENT] * len(inner.consts))
-            results = _walk(inner, given, part)
+            results = _walk(called(eqn), given, part)
         elif name in _FREE and all(isinstance(x, _Free) for x in given):
             results = [_Free(x) for x in bind(jaxpr, eqn, [x.value for x in given])]
         else:
             results = part.step(jaxpr, eqn, given)
         known.update(zip(eqn.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def _consts(body: Body) -> Iterator[Array]:
+    """What a jaxpr and the calls in it close over, in the order of `_walk`."""
+    yield from body.consts
+    for eqn in body.jaxpr.eqns:
+        if _opens(eqn):
+            yield from _consts(called(eqn))
 
 
 def _opens(eqn: Equation) -> bool:

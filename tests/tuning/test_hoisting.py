@@ -52,6 +52,16 @@ def test_arrays_become_arguments_and_none_is_kept_twice():
         np.testing.assert_array_equal(leaf, want[name])
 
 
+def test_what_calls_close_over_is_an_argument_too():
+    tables = [jnp.arange(3.0), jnp.arange(3.0) + 1]
+    inner = jax.jit(lambda x: x * tables[1])
+    outer = jax.jit(lambda x: inner(x) + tables[0])
+    values, run = hoist(lambda x: outer(x) - tables[1], 1.0)
+    assert len(values) == 2
+    assert not jax.make_jaxpr(run)(values, 2.0).consts
+    assert run(values, 2.0).tolist() == [1, 3, 5]
+
+
 def test_what_depends_on_nothing_or_on_everything():
     values, run = hoist(lambda x: (jnp.ones(2), 3.0, x), jnp.ones(3))
     ones, three, x = run(values, jnp.arange(3.0))
