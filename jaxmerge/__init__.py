@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from jaxmerge.checkpoints import load, load_adapter, open_checkpoint, save
     from jaxmerge.conversion import convert
     from jaxmerge.depth import lines
+    from jaxmerge.evaluation import ResultTable, evaluate
     from jaxmerge.forecast import plan_merge
     from jaxmerge.leafwise import task_vector
     from jaxmerge.linalg import map_matrices
@@ -53,6 +54,13 @@ if TYPE_CHECKING:
     from jaxmerge.submodules.interception import submodule
     from jaxmerge.submodules.linearity import nonlinearity
     from jaxmerge.submodules.progressive import regmean_plus_plus
+    from jaxmerge.tuning import (
+        adamerging,
+        evolve,
+        few_shot_coefficients,
+        greedy_soup,
+        sweep,
+    )
 
 __version__ = "0.1.0"
 
@@ -60,7 +68,9 @@ __all__ = [
     "LowRank",
     "MatrixAxes",
     "Recipe",
+    "ResultTable",
     "Statistics",
+    "adamerging",
     "apply_adapter",
     "apply_mask",
     "arcee_fusion",
@@ -78,9 +88,13 @@ __all__ = [
     "dc_merge",
     "della",
     "emr",
+    "evaluate",
+    "evolve",
+    "few_shot_coefficients",
     "fisher_average",
     "fw_merge",
     "gradient_matching",
+    "greedy_soup",
     "iso_c",
     "iso_cts",
     "karcher",
@@ -121,6 +135,7 @@ __all__ = [
     "submodule_coefficients",
     "submodule_merge",
     "subspace_boost",
+    "sweep",
     "tall_masks",
     "task_arithmetic",
     "task_vector",
@@ -145,6 +160,7 @@ _HOMES = {
     "linalg": ["map_matrices"],
     "lowrank": ["LowRank", "apply_adapter"],
     "matrices": ["MatrixAxes", "matrix_axes"],
+    "evaluation": ["ResultTable", "evaluate"],
     "forecast": ["plan_merge"],
     "merging": ["merge_checkpoints"],
     "methods.alignment": ["knots"],
@@ -180,6 +196,13 @@ _HOMES = {
     "submodules.interception": ["submodule"],
     "submodules.linearity": ["nonlinearity"],
     "submodules.progressive": ["regmean_plus_plus"],
+    "tuning": [
+        "adamerging",
+        "evolve",
+        "few_shot_coefficients",
+        "greedy_soup",
+        "sweep",
+    ],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -48,8 +48,8 @@ def main(out: str | os.PathLike[str], *, seed: int = 0) -> ResultTable:
         thresholds = merges.best_thresholds(models)
         table = _merge_all(out, models, thresholds, progress)
         stored = store_all(out, models, thresholds, progress)
-    (out / "table.md").write_text(table.markdown() + "\n")
-    (out / "stored.md").write_text(stored.markdown() + "\n")
+    (out / "table.md").write_text(table.markdown(marks=False) + "\n")
+    (out / "stored.md").write_text(stored.markdown(marks=False) + "\n")
     _draw(table, out / "table.png")
     _show(console, table, "One model for all tasks: accuracy on test images, %")
     _show(console, stored, "A model for each task, from a store of all: the same")
@@ -84,7 +84,9 @@ def _merge_all(
         "scale": {r.name: f"{r.scale:g}" for r in rows if r.scale is not None},
         "images": {r.name: f"{r.images}" for r in rows if r.images},
     }
-    return ResultTable(list(experiment.tuned), individual, ranked, notes)
+    return ResultTable(
+        list(experiment.tuned), individual, ranked, notes, summaries=("mean", "norm.")
+    )
 
 
 def _show(console: Console, table: ResultTable, title: str) -> None:
@@ -111,7 +113,7 @@ def _draw(table: ResultTable, path: Path) -> None:
     means = [100 * everything.mean(name) for name in rows]
     axes.barh(places, means, color="#9ecae1", height=0.7)
     for i, task in enumerate(table.tasks):
-        values = [100 * row[i] for row in rows.values()]
+        values = [100 * everything.runs(name)[0, i] for name in rows]
         axes.plot(values, places, "osD^vP*X"[i % 8], ms=4.5, label=task, alpha=0.85)
     for place, mean in enumerate(means):
         axes.text(1, place, f"{mean:.1f}", va="center", fontsize=9)

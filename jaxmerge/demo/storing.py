@@ -47,4 +47,6 @@ def store_all(
     )
     sizes["individual"] = f"{whole / 1000:.0f}"
     own = experiment.test_apart(experiment.tuned.values())
-    return ResultTable(list(models), own, rows, {"kB": sizes})
+    return ResultTable(
+        list(models), own, rows, {"kB": sizes}, summaries=("mean", "norm.")
+    )
