@@ -40,12 +40,12 @@ def radar(table: ResultTable, rows: Sequence[str] | None = None) -> Figure:
     """
     names = _rows("radar", table, rows)
     check_lines("radar", names, _CHOOSE)
-    if len(table.tasks) < 3:
+    if len(table.seen) < 3:
         raise ValueError(
-            f"radar: the table has {len(table.tasks)} tasks, a radar needs three or "
+            f"radar: the table has {len(table.seen)} tasks, a radar needs three or "
             "more; take heat_map."
         )
-    angles = np.linspace(0, 2 * np.pi, len(table.tasks), endpoint=False)
+    angles = np.linspace(0, 2 * np.pi, len(table.seen), endpoint=False)
     shares = {name: _relative(table, name) for name in names}
     lowest = min(map(min, shares.values()))
     highest = max(100.0, *map(max, shares.values()))
@@ -112,7 +112,7 @@ def heat_map(table: ResultTable, rows: Sequence[str] | None = None) -> Figure:
         label="accuracy, %",
     )
     # Apart: what is no task, and what is no merge.
-    axes.axvline(len(table.tasks) - 0.5, color=INK, linewidth=3)
+    axes.axvline(len(table.seen) - 0.5, color=INK, linewidth=3)
     axes.axhline(len(names) - 1.5, color=INK, linewidth=3)
     return figure
 
@@ -136,7 +136,7 @@ def accuracy_against_tasks(
             has not got, or more than can be told apart.
     """
     method = "accuracy_against_tasks"
-    numbers = sorted({len(table.tasks) for table in tables})
+    numbers = sorted({len(table.seen) for table in tables})
     if len(numbers) < 2:
         raise ValueError(
             f"{method}: the tables have {numbers} tasks; give tables of two different "
@@ -208,7 +208,7 @@ def accuracy_against_bytes(table: ResultTable, nbytes: Mapping[str, int]) -> Fig
     axes.scatter(sizes, accuracies, color=COLOURS[0], s=28, zorder=3)
     axes.margins(0.12)
     axes.set_xlim(left=0)
-    axes.set_xlabel(f"stored for all {len(table.tasks)} tasks, {name_of_unit}")
+    axes.set_xlabel(f"stored for all {len(table.seen)} tasks, {name_of_unit}")
     axes.set_ylabel("accuracy, % of individual models (mean of tasks)")
     label_points(axes, points, lines=[front], color=INK)
     return figure
