@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmerge import hosts
 from jaxmerge.checkpoints import Checkpoint, Index
-from jaxmerge.lazy import load
+from jaxmerge.lazy import Whole, load
 from jaxmerge.matrixwise import MatrixPlan, plan_matrices
 from jaxmerge.planning import Part
 from jaxmerge.recipe_syntax import MergeError
@@ -53,20 +53,34 @@ class PartMerge:
         self._try_on_shapes()
         self._check_memory()
 
-    def start(self) -> None:
-        """Measures what the method must know of all leaves before the first."""
+    def start(self, names: list[str]) -> list[str]:
+        """Measures what the method must know of all leaves before the first.
+
+        Args:
+            names: of all leaves that are going to be asked for.
+
+        Returns:
+            The names in the order in which they should be: leaves that are computed
+            together follow each other, so that few of them wait.
+        """
         part = self.part
         if not part.merged:
-            return
+            return names
         if part.method.spans_model(part.recipe.options):
             with hosts.together():
                 for name in part.merged:
                     self._check_inputs(name)
-        base, models = self.lazy_trees(self._memory)
+        # Of arrays on a mesh, each process has a share.
+        processes = jax.process_count() if self._placed else 1
+        base, models = self.lazy_trees(self._memory * processes)
         with precision(self._wide):
             if part.method.holds_model(part.recipe.options):
                 base, models = load((base, models))
             self._merged = self.call(base, models)
+        for name in self._merged.keys() - set(names):
+            if isinstance(leaf := self._merged[name], Whole):
+                leaf.give_up()
+        return self._side_by_side(names)
 
     def leaf(
         self, name: str, write: Callable[[Index, np.ndarray], None]
@@ -100,6 +114,15 @@ class PartMerge:
                 write(index, rounded)
         of_base, of_task_vector = squares.tolist()
         return of_base, of_task_vector
+
+    def _side_by_side(self, names: list[str]) -> list[str]:
+        """Names, those of leaves that are computed together after each other."""
+        groups: dict[Any, list[str]] = {}
+        for name in names:
+            leaf = self._merged.get(name)
+            key = leaf.together if isinstance(leaf, Whole) else name
+            groups.setdefault(key, []).append(name)
+        return [name for group in groups.values() for name in group]
 
     def treatments(self) -> dict[str, str]:
         """What becomes of each leaf, in a word."""
