@@ -185,7 +185,7 @@ class Together:
     def __init__(
         self, run: Callable[..., Any], arguments: tuple[Any, ...], number: int
     ):
-        self.run, self.arguments = run, arguments
+        self.run, self.arguments, self.number = run, arguments, number
         self._wanted, self._kept = set(range(number)), {}
 
     def take(self, index: int) -> Any:

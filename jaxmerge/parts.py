@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmerge import hosts
 from jaxmerge.checkpoints import Checkpoint, Index
@@ -16,7 +16,7 @@ from jaxmerge.matrixwise import MatrixPlan, plan_matrices
 from jaxmerge.planning import Part
 from jaxmerge.recipe_syntax import MergeError
 from jaxmerge.reports import sums_of_squares
-from jaxmerge.sharding import shardings, spread_evenly
+from jaxmerge.sharding import AnyMesh, shardings, spread_evenly
 from jaxmerge.streaming import (
     WORKERS,
     StoredLeaf,
@@ -40,14 +40,17 @@ class PartMerge:
         mesh: the devices to merge on.
         rules: how leaves lie on them.
 
+    Attributes:
+        placed: how each leaf lies on the mesh, if there is one.
+
     Raises:
         MergeError: an option or a rule does not fit a leaf, or the method needs more
             memory.
     """
 
-    def __init__(self, part: Part, memory: int, mesh: Mesh | None, rules: Rules):
+    def __init__(self, part: Part, memory: int, mesh: AnyMesh | None, rules: Rules):
         self.part = part
-        self._memory, self._placed = memory, _placed(part, mesh, rules)
+        self._memory, self.placed = memory, _placed(part, mesh, rules)
         self._merged: dict[str, Any] = {}
         self._wide, self._turn = is_wide(part), threading.Lock()
         self._try_on_shapes()
@@ -71,7 +74,7 @@ class PartMerge:
                 for name in part.merged:
                     self._check_inputs(name)
         # Of arrays on a mesh, each process has a share.
-        processes = jax.process_count() if self._placed else 1
+        processes = jax.process_count() if self.placed else 1
         base, models = self.lazy_trees(self._memory * processes)
         with precision(self._wide):
             if part.method.holds_model(part.recipe.options):
@@ -140,7 +143,7 @@ class PartMerge:
     def _blocks(self, name: str, checkpoint: Checkpoint) -> Iterator[Index]:
         """What this process reads of a leaf, cut into parts of bounded size."""
         shape, dtype = checkpoint.leaves[name]
-        for part in own_parts(shape, self._placed.get(name)):
+        for part in own_parts(shape, self.placed.get(name)):
             yield from blocks(shape, part, dtype.itemsize)
 
     def call(self, base: Any, models: list[Any]) -> dict[str, Any]:
@@ -151,8 +154,13 @@ class PartMerge:
             base, models
         )
 
-    def lazy_trees(self, memory: int) -> tuple[Any, list[Any]]:
-        """The leaves of base and models that are merged, not read yet."""
+    def lazy_trees(self, memory: int, *, on_mesh: bool = True) -> tuple[Any, list[Any]]:
+        """The leaves of base and models that are merged, not read yet.
+
+        Args:
+            memory: about how many bytes values may take, of a mesh in all processes.
+            on_mesh: whether they come to lie on the mesh, if there is one.
+        """
         part, inputs = self.part, self.part.inputs
         uses_base = part.method.uses_base(part.recipe.options)
         like = inputs.base if uses_base else next(iter(inputs.models.values()))
@@ -163,7 +171,7 @@ class PartMerge:
                 # The result has the dtype of this leaf and must not be rounded twice.
                 dtype = np.promote_types(dtype, np.float32)
             # While one leaf is computed, others are checked or wait to be written.
-            placed = self._placed.get(name)
+            placed = self.placed.get(name) if on_mesh else None
             return StoredLeaf(checkpoint, name, memory // WORKERS, dtype, placed)
 
         def leaves(checkpoint: Checkpoint) -> dict[str, StoredLeaf]:
@@ -244,7 +252,7 @@ def is_wide(part: Part) -> bool:
     )
 
 
-def _placed(part: Part, mesh: Mesh | None, rules: Rules) -> dict[str, NamedSharding]:
+def _placed(part: Part, mesh: AnyMesh | None, rules: Rules) -> dict[str, NamedSharding]:
     """How leaves lie on a mesh."""
     if mesh is None:
         return {}

@@ -142,7 +142,7 @@ def place(
 
 
 def shardings(
-    params: Params, mesh: Mesh, rules: Mapping[str, PartitionSpec] | None = None
+    params: Params, mesh: AnyMesh, rules: Mapping[str, PartitionSpec] | None = None
 ) -> Params:
     """The shardings that `place` gives, from shapes alone.
 
@@ -196,7 +196,7 @@ def spread_evenly(shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSpec:
 
 
 def _misfits(
-    path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh
+    path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: AnyMesh
 ) -> Iterable[str]:
     said = f"leaf {path!r} of shape {shape} cannot be sharded as {spec}"
     if len(spec) > len(shape):
