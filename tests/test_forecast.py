@@ -211,7 +211,7 @@ def test_rules_say_how_leaves_lie_on_the_mesh(runs, unread):
     assert shares["embed.weight"] == 1
     with pytest.raises(MergeError, match="rule 'nothing' matches no leaf"):
         plan_merge(recipe, mesh=mesh, rules={"nothing": P()})
-    with pytest.raises(MergeError, match="'steps' of shape .* cannot be sharded"):
+    with pytest.raises(MergeError, match=r"'steps' of shape .* cannot be sharded"):
         plan_merge(recipe, mesh=mesh, rules={"steps": P("x")})
 
 
