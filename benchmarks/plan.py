@@ -2,7 +2,7 @@
 
     python benchmarks/plan.py [measured] [large]
 
-`measured`: merges of a model of 49 million parameters at two limits of memory, in
+`measured`: merges of a model of 50 million parameters at two limits of memory, in
 processes of their own. A process merges twice: when the second merge begins, everything
 is compiled and freed memory is returned to the system, so what it adds at its peak are
 values. That is what a plan calls memory for values; what is there before, memory
