@@ -224,15 +224,31 @@ def _ynnpack_workspace(compiled: str) -> int:
     """What YNNPACK takes, which computes reductions on CPUs with what leads to them.
 
     It materialises the arrays in between, the largest of them at a time, unless they
-    are summed up to a single number.
+    are summed up to a single number. With a matrix product among them it has all at
+    once, and the right factor in the order in which it is read.
     """
     largest = 0
     for name in re.findall(r"%ynn_fusion\S* = \w+\[\d.* calls=%([\w.-]+)", compiled):
         body = compiled.partition(f"\n%{name} (")[2].partition("\n}")[0]
-        for bits, shape in re.findall(r"= [a-z]+(\d+)\S*?\[([\d,]+)\]", body):
-            entries = math.prod(map(int, shape.split(",")))
-            largest = max(largest, int(bits) * entries // 8)
+        sizes, made, packed, views = {}, 0, 0, set()
+        for root, array, bits, shape, kind, operands in _ARRAY.findall(body):
+            entries = math.prod(map(int, filter(None, shape.split(","))))
+            sizes[array] = int(bits) * entries // 8
+            given = re.findall(r"%([\w.-]+)", operands)
+            if kind == "parameter" or (kind == "bitcast" and given[0] in views):
+                views.add(array)
+            elif not root:
+                made += sizes[array]
+            if kind == "dot":
+                packed += sizes[given[1]]
+        at_once = made + packed if packed else max(sizes.values(), default=0)
+        largest = max(largest, at_once)
     return largest
+
+
+_ARRAY = re.compile(
+    r"^ *(ROOT )?%(\S+) = [a-z]+(\d+)\S*?\[([\d,]*)\]\S* ([\w-]+)\((.*?)\)", re.M
+)
 
 
 def _all_equations(closed: Any) -> Any:

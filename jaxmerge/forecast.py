@@ -4,29 +4,30 @@ The plan asks the same lazy leaves that a merge computes: which come whole, whic
 rows, in which pieces. Only the last step, the values, is left out.
 """
 
+import itertools
 import math
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import AbstractMesh
 
-from jaxmerge.checkpoints import Checkpoint, CheckpointError, open_checkpoint
+from jaxmerge.checkpoints import Checkpoint
 from jaxmerge.costs import Operations
-from jaxmerge.lazy import Deferred
+from jaxmerge.lazy import Deferred, Whole
 from jaxmerge.leafcosts import LeafCost, cost_of
 from jaxmerge.machines import MACHINES, Machine
+from jaxmerge.mergekit import MergekitRecipe
 from jaxmerge.merging import MEMORY
-from jaxmerge.parts import PartMerge, is_wide
-from jaxmerge.planning import Inputs, MergeError, Part, Step, difference, plan_leaves
+from jaxmerge.parts import PartMerge, Rules, is_wide
+from jaxmerge.planning import MergeError, Part, Plan
+from jaxmerge.preflight import checked
 from jaxmerge.recipes import Recipe
-from jaxmerge.sharding import spread_evenly
 from jaxmerge.streaming import WORKERS, StoredLeaf, precision, share_of
-from jaxmerge.tree import first_match, is_float
+from jaxmerge.tree import first_match
 
 
 class LeafGroup(NamedTuple):
@@ -40,8 +41,8 @@ class LeafGroup(NamedTuple):
         treatment: as in the report of a merge.
         options: all options of the method, rules applied.
         cost: of one of them.
-        share: how much of its arithmetic, and of what is in memory for it, falls to the
-            busiest device.
+        together: how many of them, and of others of their shape, are computed at once.
+        share: how much of its arithmetic falls to the busiest device.
         sent: bytes that a device sends to others for one of them.
     """
 
@@ -52,8 +53,19 @@ class LeafGroup(NamedTuple):
     treatment: str
     options: dict[str, Any]
     cost: LeafCost
+    together: int
     share: float
     sent: float
+
+    @property
+    def working(self) -> float:
+        """What `LeafCost.working` is in the memory of the busiest device."""
+        return self.together * self.share * self.cost.working
+
+    @property
+    def inputs(self) -> float:
+        """What `LeafCost.inputs` is in the memory of the busiest device."""
+        return self.together * self.share * self.cost.inputs
 
 
 class Seconds(NamedTuple):
@@ -115,26 +127,29 @@ class MergePlan(NamedTuple):
 
 
 def plan_merge(
-    recipe: Recipe,
+    recipe: Recipe | MergekitRecipe,
     *,
     out: str | os.PathLike[str] | None = None,
     memory: int = MEMORY,
     mesh: Mapping[str, int] | None = None,
+    rules: Rules | None = None,
     hosts: int = 1,
     machine: Machine = MACHINES["cpu"],
 ) -> MergePlan:
     """Plans a merge from the headers of its inputs; no value is read.
 
     Every program that the merge will run is compiled, for one device of the kind that
-    is here, to see what memory it needs. On a mesh, each leaf is spread evenly over all
-    devices and comes whole. Leaves that are ranked together (`scope: model`) are
-    planned as if each were ranked alone, with the barriers that this has.
+    is here, to see what memory it needs. On a mesh each leaf comes whole. Leaves that
+    are ranked together (`scope: model`) are planned as if each were ranked alone, with
+    the barriers that this has. Of leaves that a recipe of mergekit rearranges, the
+    bytes are those that come out of that.
 
     Args:
-        recipe: what to merge, and how.
+        recipe: what to merge, and how: in the terms of this library or of mergekit.
         out: the directory to create, to check it.
-        memory: as in `merge_checkpoints`; without effect on a mesh.
+        memory: as in `merge_checkpoints`.
         mesh: the number of devices by name of the axis.
+        rules: how leaves are sharded on the mesh, as in `merge_checkpoints`.
         hosts: over how many processes the devices are spread.
         machine: how fast they are.
 
@@ -160,108 +175,28 @@ def plan_merge(
             f"{devices} devices cannot be spread over {hosts} hosts; give a mesh whose "
             "number of devices is a multiple of that of hosts."
         )
-    merge = _checked(recipe, out, memory)
-    limit = 2**62 if mesh else memory
-    spread = AbstractMesh(tuple(mesh.values()), tuple(mesh))
-    groups = list(_groups(merge, limit, spread))
-    totals = _totals(merge.part, groups, devices, hosts, machine)
-    return MergePlan(recipe.method, len(recipe.models), devices, hosts, groups, totals)
-
-
-def _checked(
-    recipe: Recipe, out: str | os.PathLike[str] | None, memory: int
-) -> PartMerge:
-    """The merge that is planned, after all that can be wrong was looked for."""
-    errors: list[str] = []
-    if out is not None and os.path.lexists(out):
-        errors.append(f"{out} exists already; remove it or choose another name.")
-    inputs = _open_inputs(recipe, errors)
-    if inputs is None:
-        raise MergeError("\n".join(errors))
-    try:
-        steps = plan_leaves(recipe, inputs)
-    except MergeError as error:
-        errors.append(str(error))
-        steps = _those_alike(inputs)
-    part = Part(recipe, inputs, steps)
-    if out is not None:
-        errors += _space_errors(part, Path(out).absolute())
-    try:
-        merge = PartMerge(part, memory, None, {})
-    except MergeError as error:
-        errors += dict.fromkeys([str(error), *_option_errors(part)])
-    else:
-        if not errors:
-            return merge
-    raise MergeError("\n".join(errors))
-
-
-def _open_inputs(recipe: Recipe, errors: list[str]) -> Inputs | None:
-    base, models = None, {}
-    for name, path in {None: recipe.base, **recipe.models}.items():
-        if path is None:
-            continue
-        try:
-            opened = open_checkpoint(path, base)
-        except (CheckpointError, OSError) as error:
-            errors.append(str(error))
-            continue
-        if name is None:
-            base = opened
-        else:
-            models[name] = opened
-    complete = len(models) == len(recipe.models)
-    complete &= base is not None or recipe.base is None
-    return Inputs(base, models) if complete else None
-
-
-def _those_alike(inputs: Inputs) -> dict[str, Step]:
-    """The leaves that could be merged if others did not stand in the way."""
-    checkpoints = inputs.labelled
-    steps = {}
-    for name, info in inputs.like.leaves.items():
-        found = {k: x.leaves[name] for k, x in checkpoints.items() if name in x.leaves}
-        if is_float(info) and not difference(found, checkpoints):
-            steps[name] = Step("merged", inputs.like, info)
-    return steps
-
-
-def _option_errors(part: Part) -> Iterator[str]:
-    """What the method says to each option without the others."""
-    options = part.recipe.options
-    required = [n for n, p in part.method.options.items() if p.required]
-    needed = {name: options[name] for name in required if name in options}
-    base = None if part.inputs.base is None else part.shapes(part.inputs.base)
-    models = [part.shapes(model) for model in part.inputs.models.values()]
-    for name in options:
-        tried = needed | {name: options[name]}
-        call = part.method.bind(tried, part.recipe.seed, list(part.recipe.models))
-        try:
-            with precision(is_wide(part)):
-                jax.eval_shape(call, base, models)
-        except ValueError as error:
-            yield f"{part.recipe.source}: {error}"
-
-
-def _space_errors(part: Part, out: Path) -> Iterator[str]:
-    needed = sum(info.nbytes for info in part.written.values())
-    place = next(parent for parent in out.parents if parent.exists())
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        yield (
-            f"{out} needs {needed:,} bytes, but {place} has only {free:,} free. Make "
-            "room, choose another disk or a smaller dtype."
-        )
+    spread = AbstractMesh(tuple(mesh.values()), tuple(mesh)) if mesh else None
+    plan, merges = checked(recipe, out, memory, spread, rules or {})
+    groups = [list(_groups(merge, memory * hosts)) for merge in merges]
+    totals = _totals(plan, groups, devices, hosts, machine)
+    models = max(len(part.inputs.models) for part in plan.parts)
+    rows = list(itertools.chain(*groups))
+    return MergePlan(recipe.method, models, devices, hosts, rows, totals)
 
 
 # Leaves that are alike.
 
 
-def _groups(merge: PartMerge, memory: int, mesh: AbstractMesh) -> Iterator[LeafGroup]:
+def _groups(merge: PartMerge, memory: int) -> Iterator[LeafGroup]:
     part = merge.part
     alike: dict[Any, list[str]] = {}
     treatments = merge.treatments()
     checkpoints = list(part.inputs.labelled.values())
+    wide = is_wide(part)
+    with precision(wide):
+        # On a mesh leaves come whole, whatever the limit is.
+        lazy = _lazy_leaves(merge, 2**62 if merge.placed else memory)
+        together = _together(merge, memory)
     for name, step in part.steps.items():
         treatment = treatments[name]
         options = _options_of(part, name) if step.treatment == "merged" else {}
@@ -269,21 +204,21 @@ def _groups(merge: PartMerge, memory: int, mesh: AbstractMesh) -> Iterator[LeafG
         dtypes = tuple(str(each.leaves[name].dtype) for each in sources)
         out = None if step.treatment == "skipped" else str(step.out.dtype)
         pattern = re.sub(r"\d+", "*", name)
-        key = pattern, step.out.shape, (dtypes, out), treatment, repr(options)
+        spec = merge.placed[name].spec if name in merge.placed else None
+        same = together.get(name, 1), spec, repr(options)
+        key = pattern, step.out.shape, (dtypes, out), treatment, same
         alike.setdefault(key, []).append(name)
-    wide = is_wide(part)
-    with precision(wide):
-        lazy = _lazy_leaves(merge, memory)
     layers = _layers(merge)
     for (pattern, shape, dtypes, treatment, _), names in alike.items():
         first = names[0]
         with precision(wide):
             cost = cost_of(part, first, lazy.get(first))
-        share, sent = _on_mesh(cost, shape, layers.get(first), part, mesh)
+        number = together.get(first, 1)
+        share, sent = _on_mesh(merge, first, cost, layers.get(first), number)
         options = _options_of(part, first) if first in lazy else {}
         name = pattern if len(names) > 1 else first
         yield LeafGroup(
-            name, names, shape, dtypes, treatment, options, cost, share, sent
+            *(name, names, shape, dtypes, treatment, options, cost, number, share, sent)
         )
 
 
@@ -306,17 +241,17 @@ def _options_of(part: Part, name: str) -> dict[str, Any]:
 
 
 def _lazy_leaves(merge: PartMerge, memory: int) -> dict[str, Any]:
-    """The leaves that the method makes, as a merge would compute them."""
+    """The leaves that the method makes, as a merge would on one device."""
     part = merge.part
     if not part.method.spans_model(part.recipe.options):
-        return merge.call(*merge.lazy_trees(memory))
+        return merge.call(*merge.lazy_trees(memory, on_mesh=False))
     # The method would read all leaves at once to look for what it needs of them.
     call = merge.call
     holds = part.method.holds_model(part.recipe.options)
 
     def alone(name: str) -> Deferred:
         def stored(checkpoint: Checkpoint) -> dict[str, StoredLeaf]:
-            limit = 2**62 if holds else share_of(memory)
+            limit = 2**62 if holds else share_of(memory, on_mesh=False)
             dtype = checkpoint.leaves[name].dtype
             return {name: StoredLeaf(checkpoint, name, limit, dtype)}
 
@@ -326,6 +261,15 @@ def _lazy_leaves(merge: PartMerge, memory: int) -> dict[str, Any]:
         return Deferred(jax.jit(call), call, (base, models), (call, name), like)
 
     return {name: alone(name) for name in part.merged}
+
+
+def _together(merge: PartMerge, memory: int) -> dict[str, int]:
+    """How many leaves are computed at once, by name, where that is more than one."""
+    part = merge.part
+    if not merge.placed or part.method.spans_model(part.recipe.options):
+        return {}
+    leaves = merge.call(*merge.lazy_trees(memory)).items()
+    return {n: x.together.number for n, x in leaves if isinstance(x, Whole)}
 
 
 def _layers(merge: PartMerge) -> dict[str, int]:
@@ -343,38 +287,44 @@ def _layers(merge: PartMerge) -> dict[str, int]:
 
 
 def _on_mesh(
-    cost: LeafCost,
-    shape: tuple[int, ...],
-    layers: int | None,
-    part: Part,
-    mesh: AbstractMesh,
+    merge: PartMerge, name: str, cost: LeafCost, layers: int | None, together: int
 ) -> tuple[float, float]:
     """The share of the busiest device in a leaf, and the bytes that it sends."""
-    if mesh.empty:
+    if name not in merge.placed:
         return 1.0, 0.0
-    devices = mesh.size
+    placed, shape = merge.placed[name], merge.part.steps[name].out.shape
+    devices = placed.mesh.size
     if not layers:
-        parts = NamedSharding(mesh, spread_evenly(shape, mesh)).shard_shape(shape)
+        share = math.prod(placed.shard_shape(shape)) / max(math.prod(shape), 1)
         # An all-reduce sends each byte about twice, whatever the number of devices.
-        told = 2 * (devices - 1) / devices * cost.operations.reduced
-        return math.prod(parts) / max(math.prod(shape), 1), told
+        return share, 2 * (1 - share) * cost.operations.reduced
     # Matrices are whole on one device. Layers are padded to a multiple of the devices:
     # a lone matrix is worked on by every one of them.
-    whole = -(-layers // devices)
+    whole = -(-layers * together // devices) / together
     matrix = 4 * math.prod(shape) // layers
     # The matrices of all inputs come together (a few methods need no base), and the
     # result goes back.
-    stacks = len(part.inputs.labelled) + 1
+    stacks = len(merge.part.inputs.labelled) + 1
     return whole / layers, whole * stacks * matrix * (devices - 1) / devices
 
 
 def _totals(
-    part: Part, groups: list[LeafGroup], devices: int, hosts: int, machine: Machine
+    plan: Plan,
+    groups: list[list[LeafGroup]],
+    devices: int,
+    hosts: int,
+    machine: Machine,
 ) -> Totals:
-    by_name = {name: group for group in groups for name in group.names}
-    of_leaves = [by_name[name] for name in part.written]
-    paths = {str(each.path): each for each in part.inputs.labelled.values()}
-    inputs = sum(i.nbytes for each in paths.values() for i in each.leaves.values())
+    of_parts = []
+    for part, of_part in zip(plan.parts, groups, strict=True):
+        by_name = {name: group for group in of_part for name in group.names}
+        of_parts.append([by_name[name] for name in part.written])
+    memory = [
+        _memory(part, of_leaves, devices)
+        for part, of_leaves in zip(plan.parts, of_parts, strict=True)
+    ]
+    of_leaves = list(itertools.chain(*of_parts))
+    inputs = sum(x.nbytes for each in plan.stored() for x in each.leaves.values())
     read = sum(group.cost.read for group in of_leaves)
     written = sum(group.cost.written for group in of_leaves)
     operations = sum((group.cost.operations for group in of_leaves), Operations())
@@ -386,19 +336,6 @@ def _totals(
         send=sent / machine.link,
         write=written / hosts / machine.write,
     )
-    # While a leaf is computed, those before it may still wait to be written.
-    before = [
-        sum(g.cost.held for g in of_leaves[max(0, i - WORKERS + 1) : i])
-        for i in range(len(of_leaves))
-    ]
-    pairs = list(zip(of_leaves, before, strict=True))
-    held = sum(g.cost.held for g in of_leaves) / devices
-    if not part.method.holds_model(part.recipe.options):
-        held = 0
-    host = max(g.share * g.cost.working + late / devices for g, late in pairs)
-    device = max(
-        g.share * (g.cost.working + g.cost.inputs) + late / devices for g, late in pairs
-    )
     return Totals(
         inputs,
         read,
@@ -406,10 +343,34 @@ def _totals(
         operations,
         sent,
         anonymous_memory(),
-        int((host + held) * devices / hosts),
-        int(device + held),
+        int(max(host for host, _ in memory) * devices / hosts),
+        int(max(device for _, device in memory)),
         seconds,
     )
+
+
+def _memory(
+    part: Part, of_leaves: list[LeafGroup], devices: int
+) -> tuple[float, float]:
+    """Bytes in the memory of the busiest device, without inputs and with them."""
+    host = device = held = 0.0
+    for i, group in enumerate(of_leaves):
+        cost = group.cost
+        before = of_leaves[max(0, i - WORKERS + 1) : i]
+        if devices == 1:
+            late = sum(each.working for each in before)
+        else:
+            # While a leaf is computed, those before it may still wait to be written,
+            # and those that are computed with it to be taken.
+            late = sum(each.cost.held for each in before)
+            late += (group.together - 1) * cost.held
+        host = max(host, group.working + late / devices)
+        # Inputs of matrices are there twice: as they are sharded, and whole.
+        cut = group.together * cost.inputs / devices if group.together > 1 else 0
+        device = max(device, group.working + group.inputs + cut + late / devices)
+    if part.method.holds_model(part.recipe.options):
+        held = sum(group.cost.held for group in of_leaves) / devices
+    return host + held, device + held
 
 
 def _compute_seconds(group: LeafGroup, machine: Machine) -> float:

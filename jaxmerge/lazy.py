@@ -178,19 +178,52 @@ class Deferred(LazyLeaf):
         return max(1, self.memory * self._lazy[0].shape[0] // cost)
 
 
+class Together:
+    """Arrays that are computed at once, from lazy leaves, and taken one by one.
+
+    Those that were not taken yet are kept, unless they are given up.
+
+    Args:
+        run: the function that computes them all.
+        arguments: pytrees, what it is called with.
+        number: how many arrays there are.
+    """
+
+    def __init__(
+        self, run: Callable[..., Any], arguments: tuple[Any, ...], number: int
+    ):
+        self.run, self.arguments, self.number = run, arguments, number
+        self._wanted, self._kept = set(range(number)), {}
+
+    def take(self, index: int) -> Any:
+        """One of the arrays, from now on no longer kept: it can be computed again."""
+        if index not in self._kept:
+            results = self.run(*load(self.arguments))
+            self._kept = {i: results[i] for i in self._wanted | {index}}
+        array = self._kept[index]
+        self.give_up(index)
+        return array
+
+    def give_up(self, index: int) -> None:
+        """Keeps an array no longer, since nobody is going to take it."""
+        self._wanted.discard(index)
+        self._kept.pop(index, None)
+
+
 class Whole(LazyLeaf):
     """An array that can only be computed whole, from lazy leaves.
 
     Args:
-        run: the function that computes it.
-        arguments: pytrees, what it is called with.
+        together: it, and the arrays that are computed with it.
+        index: which of them it is.
         like: the shape and dtype of the result.
     """
 
-    def __init__(self, run: Callable[..., Any], arguments: tuple[Any, ...], like: Any):
+    def __init__(self, together: Together, index: int, like: Any):
         self.shape, self.dtype = tuple(like.shape), like.dtype
-        self.run, self.arguments = run, arguments
-        self._lazy = [x for x in jax.tree.leaves(arguments) if is_lazy(x)]
+        self.together, self._index = together, index
+        leaves = jax.tree.leaves(together.arguments)
+        self._lazy = [leaf for leaf in leaves if is_lazy(leaf)]
         self.memory = min(leaf.memory for leaf in self._lazy)
         self.sharding = self._lazy[0].sharding
 
@@ -199,7 +232,11 @@ class Whole(LazyLeaf):
         return sum(leaf.cost for leaf in self._lazy)
 
     def read(self) -> Any:
-        return self.run(*load(self.arguments))
+        return self.together.take(self._index)
+
+    def give_up(self) -> None:
+        """Says that nobody is going to read it."""
+        self.together.give_up(self._index)
 
     def reader(self) -> Reader:
         whole = self.read()

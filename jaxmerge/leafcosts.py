@@ -6,7 +6,15 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxmerge.costs import Operations, count_operations, footprint
-from jaxmerge.lazy import Deferred, Whole, as_shapes, comes_whole, is_lazy
+from jaxmerge.lazy import (
+    Deferred,
+    LazyLeaf,
+    Together,
+    Whole,
+    as_shapes,
+    comes_whole,
+    is_lazy,
+)
 from jaxmerge.planning import Part
 from jaxmerge.streaming import StoredLeaf
 
@@ -70,13 +78,19 @@ def _computation(leaf: Any) -> LeafCost:
     """What it takes to compute a lazy leaf."""
     if isinstance(leaf, StoredLeaf):
         return LeafCost(leaf.nbytes, 0, held=_cast(leaf), slices=1)
-    lazy = [x for x in jax.tree.leaves(leaf.arguments) if is_lazy(x)]
-    if isinstance(leaf, Whole) or comes_whole(leaf, lazy[0].shape):
+    if isinstance(leaf, Whole):
+        return _whole(leaf.together, _lazy_in(leaf.together.arguments))
+    lazy = _lazy_in(leaf.arguments)
+    if comes_whole(leaf, lazy[0].shape):
         return _whole(leaf, lazy)
     return _by_rows(leaf, lazy)
 
 
-def _whole(leaf: Deferred | Whole, lazy: list[Any]) -> LeafCost:
+def _lazy_in(arguments: tuple[Any, ...]) -> list[LazyLeaf]:
+    return [leaf for leaf in jax.tree.leaves(arguments) if is_lazy(leaf)]
+
+
+def _whole(leaf: Deferred | Together, lazy: list[Any]) -> LeafCost:
     shapes = as_shapes(leaf.arguments)
     before = [_computation(x) for x in lazy]
     found = footprint(leaf.run, *shapes)

@@ -9,14 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmerge import sharding
 from jaxmerge.numerics import norm, safe_divide
 from jaxmerge.sharding import Spread
 
 
-def map_matrices(fn: Callable[..., Any], *stacks: Array) -> Any:
+def map_matrices(
+    fn: Callable[..., Any], *stacks: Array, spec: PartitionSpec | None = None
+) -> Any:
     """Applies `fn` to every matrix of a stack, on a mesh without any communication.
 
     A factorisation of a matrix that is cut across devices would be done in full by
@@ -32,6 +34,8 @@ def map_matrices(fn: Callable[..., Any], *stacks: Array) -> Any:
         stacks: arrays (*stack, m, n) with the same leading axes, of which there may be
             none, of any sizes and shardings. The matrices of different stacks may
             differ in shape.
+        spec: how the first stack is sharded, where a tracer does not tell. Without it
+            that is guessed, and a wrong guess costs communication.
 
     Returns:
         The results of `fn` with the leading axes in front. Those of the shape of the
@@ -62,7 +66,7 @@ def map_matrices(fn: Callable[..., Any], *stacks: Array) -> Any:
         for _ in shapes[0][:-2]:
             fn = jax.vmap(fn)
         return fn(*stacks)
-    plan = sharding.plan_spread(stacks[0], mesh)
+    plan = sharding.plan_spread(stacks[0], mesh, spec)
     traced = any(isinstance(stack, Tracer) for stack in stacks)
     return (_map_spread if traced else _map_spread_eagerly)(fn, plan, *stacks)
 

@@ -9,6 +9,7 @@ device works on its own layers; leaves that are no matrices follow a stated poli
 import functools
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -16,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmerge import sharding
-from jaxmerge.lazy import Whole, any_lazy
+from jaxmerge.lazy import Together, Whole, any_lazy, is_lazy
 from jaxmerge.leafwise import ABSENT, Kernel, check_models, merge_leaves, wide
 from jaxmerge.linalg import map_matrices, rounding_noise
 from jaxmerge.matrices import (
@@ -79,18 +81,42 @@ class MatrixPlan(NamedTuple):
     beside: Mapping[str, Any]
 
     def groups(self) -> list[list[str]]:
-        """Paths of matrices of the same shapes and dtype: what is compiled together.
+        """Paths of matrices of the same shapes and dtype: what is computed together.
 
-        Leaves that are read when they are asked for come one by one.
+        Leaves that are read when they are asked for come one by one. On a mesh a matrix
+        keeps one device busy, and there come as many as there are devices, if the
+        leaves fit into memory together.
         """
-        if any_lazy((self.leaves, self.models)):
-            return [[path] for path in self.layouts]
+        lazy = any_lazy((self.leaves, self.models))
         groups: dict[Any, list[str]] = {}
         for path, layout in self.layouts.items():
             leaf = self.leaves[path]
             inputs = matrix_shape(np.shape(leaf), layout.axes)[-2]
-            groups.setdefault((inputs, layout.parts, leaf.dtype), []).append(path)
-        return list(groups.values())
+            alike = (np.shape(leaf), layout, sharding.of(leaf)) if lazy else ()
+            key = inputs, layout.parts, leaf.dtype, alike
+            groups.setdefault(key, []).append(path)
+        if not lazy:
+            return list(groups.values())
+        return [part for paths in groups.values() for part in self._cut(paths)]
+
+    def _cut(self, paths: list[str]) -> list[list[str]]:
+        """Cuts a group of lazy leaves that are alike into as few equal ones as can be.
+
+        All of them are compiled once, if the number of leaves allows.
+        """
+        leaf, axes = self.leaves[paths[0]], self.layouts[paths[0]].axes
+        placed = sharding.of(leaf)
+        devices = 1 if placed is None else placed.mesh.size
+        matrices = math.prod(leaf.shape[axis] for axis in axes.stack)
+        read = [
+            [x for x in jax.tree.leaves(self.arguments([n])) if is_lazy(x)]
+            for n in paths
+        ]
+        cost = max(sum(x.cost for x in of_leaf) for of_leaf in read)
+        memory = min((x.memory for of_leaf in read for x in of_leaf), default=0)
+        most = max(1, min(devices // matrices, memory // max(cost, 1)))
+        size = math.ceil(len(paths) / math.ceil(len(paths) / most))
+        return [paths[i : i + size] for i in range(0, len(paths), size)]
 
     def arguments(self, paths: list[str]) -> tuple[Any, ...]:
         """The leaves of base and models and what is beside them, in one memory."""
@@ -244,8 +270,9 @@ def merge_matrices(
         )
         arguments = plan.arguments(paths)
         if any_lazy(arguments):
-            (path,) = paths
-            merged[path] = Whole(_first(run), arguments, plan.leaves[path])
+            together = Together(_merged(run), arguments, len(paths))
+            for i, path in enumerate(paths):
+                merged[path] = Whole(together, i, plan.leaves[path])
             continue
         results, told = run(*arguments)
         merged |= dict(zip(paths, results, strict=True))
@@ -321,7 +348,8 @@ def _merge_group(
 ):
     def merge(bases, models, beside, scales, numbers):
         bound = functools.partial(kernel, **numbers, **dict(choices))
-        results = _map_leaves(bound, bases, models, beside, layouts)
+        spec = _spec_of_stack(layouts, targets)
+        results = _map_leaves(bound, bases, models, beside, layouts, spec)
         merged = []
         for i, (parts, at) in enumerate(zip(results, layouts, strict=True)):
             matrix = jnp.concatenate([m for m, _ in parts], axis=-2)
@@ -338,9 +366,9 @@ def _merge_group(
     return [sharding.keep(*pair) for pair in zip(results, targets, strict=True)], told
 
 
-def _first(run: Callable[..., Any]) -> Callable[..., Any]:
-    """The only merged leaf of a group."""
-    return lambda *arguments: run(*arguments)[0][0]
+def _merged(run: Callable[..., Any]) -> Callable[..., list[Array]]:
+    """The merged leaves of a group, without the reports."""
+    return lambda *arguments: run(*arguments)[0]
 
 
 def _tell(of_parts: list[Any]) -> Any:
@@ -370,8 +398,12 @@ def _map_leaves(
     models: Sequence[Sequence[Array]],
     beside: Sequence[Any],
     layouts: Sequence[Layout],
+    spec: PartitionSpec | None = None,
 ) -> list[list[Any]]:
-    """The results of `kernel` for each leaf and part, with stacked axes in front."""
+    """The results of `kernel` for each leaf and part, with stacked axes in front.
+
+    The joined stack (layers, outputs, inputs) is sharded by `spec`, if that is known.
+    """
     dtype = wide(models[0][0].dtype if bases is None else bases[0].dtype)
 
     def layers(of_model: Sequence[Array]) -> Array:
@@ -400,7 +432,9 @@ def _map_leaves(
 
     cuts = itertools.pairwise(itertools.accumulate(layouts[0].parts, initial=0))
     of_parts = [
-        map_matrices(call, *(stack[:, slice(*cut)] for stack in stacks), *further)
+        map_matrices(
+            call, *(stack[:, slice(*cut)] for stack in stacks), *further, spec=spec
+        )
         for cut in cuts
     ]
     results, start = [], 0
@@ -410,6 +444,24 @@ def _map_leaves(
         take = lambda x, r=rows, s=stacked: x[r].reshape(*s, *x.shape[1:])  # noqa: E731
         results.append([jax.tree.map(take, part) for part in of_parts])
     return results
+
+
+def _spec_of_stack(
+    layouts: Sequence[Layout], targets: Sequence[NamedSharding | None]
+) -> PartitionSpec | None:
+    """How the joined stack of leaves is sharded, if all of them are in one way.
+
+    Where leaves themselves are stacks, and may be cut into layers, that is left open.
+    """
+    (target, axes), *others = zip(targets, (x.axes for x in layouts), strict=True)
+    if target is None or axes.stack or any(x != (target, axes) for x in others):
+        return None
+
+    def names(of_matrix: tuple[int, ...]) -> tuple[str, ...] | None:
+        entries = (target.spec[i] for i in of_matrix if i < len(target.spec))
+        return tuple(name for x in entries for name in sharding.axes_in(x)) or None
+
+    return PartitionSpec(None, names(axes.outputs), names(axes.inputs))
 
 
 def _join_stacks(*stacks: Array) -> Array:

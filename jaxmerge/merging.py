@@ -70,7 +70,9 @@ def merge_checkpoints(
     with the leaves that are not there yet. Until it is finished nothing takes away what
     is there: no other error, and no merge that is refused.
 
-    On a mesh, leaves are spread over its devices. Several processes that have called
+    On a mesh, leaves are spread over its devices. Methods of whole matrices compute as
+    many leaves of one shape together as there are devices, and as fit into `memory`: a
+    matrix keeps one device busy. Several processes that have called
     `jax.distributed.initialize` all call this, with a mesh of all their devices: each
     reads the parts of leaves that its devices hold, and writes its share of the output,
     in a directory that all of them see.
@@ -78,7 +80,8 @@ def merge_checkpoints(
     Args:
         recipe: what to merge, and how: in the terms of this library or of mergekit.
         out: the directory to create; it must not exist.
-        memory: about how many bytes values may take, beside what the program needs.
+        memory: about how many bytes values may take, beside what the program needs; of
+            several processes, in each.
         mesh: the devices to merge on; by default the first one.
         rules: from patterns of leaf paths to how leaves are sharded on the mesh; by
             default, and where none matches, into equal parts along the longest axes.
@@ -192,8 +195,7 @@ class _Output:
         """Writes all leaves of a part that are not there."""
         names = [name for name in merge.part.written if name not in self.squares]
         if names:
-            merge.start()
-        stream(names, lambda name: self._add_leaf(merge, name))
+            stream(merge.start(names), lambda name: self._add_leaf(merge, name))
 
     def _add_leaf(self, merge: PartMerge, name: str) -> None:
         def write(index: Any, array: np.ndarray) -> None:

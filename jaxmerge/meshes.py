@@ -19,6 +19,21 @@ def add_to(command: argparse.ArgumentParser) -> None:
         "devices and hosts",
         "Every host of a cluster runs the same command; all see the same files.",
     )
+    add_layout_to(group)
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="let the cluster (TPU pod, Slurm, ...) say who the other hosts are",
+    )
+    group.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="of process 0, without a cluster"
+    )
+    group.add_argument("--processes", metavar="N", type=int, help="how many there are")
+    group.add_argument("--process", metavar="I", type=int, help="which one this is")
+
+
+def add_layout_to(group: Any) -> None:
+    """Adds the options that say how leaves are spread over devices."""
     group.add_argument(
         "--mesh", metavar="AXES", help="such as data=2,model=4: spread leaves over it"
     )
@@ -30,16 +45,6 @@ def add_to(command: argparse.ArgumentParser) -> None:
         help="how leaves lie on the mesh, such as '.*embed.*=model,-' (- is whole); "
         "by default in equal parts along their longest axes",
     )
-    group.add_argument(
-        "--distributed",
-        action="store_true",
-        help="let the cluster (TPU pod, Slurm, ...) say who the other hosts are",
-    )
-    group.add_argument(
-        "--coordinator", metavar="HOST:PORT", help="of process 0, without a cluster"
-    )
-    group.add_argument("--processes", metavar="N", type=int, help="how many there are")
-    group.add_argument("--process", metavar="I", type=int, help="which one this is")
 
 
 def join_hosts(arguments: argparse.Namespace) -> None:
@@ -61,14 +66,12 @@ def join_hosts(arguments: argparse.Namespace) -> None:
 
 
 def mesh_of(arguments: argparse.Namespace) -> "Mesh | None":
-    """The mesh that `--mesh` describes."""
-    if arguments.mesh is None:
-        if arguments.shard:
-            raise CommandError("--shard needs a --mesh")
+    """The mesh that `--mesh` describes, of all devices that there are."""
+    axes = axes_of(arguments)
+    if axes is None:
         return None
     import jax
 
-    axes = axes_of(arguments.mesh)
     needed, there = math.prod(axes.values()), jax.device_count()
     if needed != there:
         raise CommandError(
@@ -80,12 +83,16 @@ def mesh_of(arguments: argparse.Namespace) -> "Mesh | None":
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types)
 
 
-def axes_of(mesh: str) -> dict[str, int]:
-    """The axes of a mesh, such as `data=2,model=4`."""
+def axes_of(arguments: argparse.Namespace) -> dict[str, int] | None:
+    """The sizes of the axes that `--mesh` describes, such as `data=2,model=4`."""
+    if arguments.mesh is None:
+        if arguments.shard:
+            raise CommandError("--shard needs a --mesh")
+        return None
     axes: dict[str, int] = {}
-    for name, size in map(_axis, mesh.split(",")):
+    for name, size in map(_axis, arguments.mesh.split(",")):
         if name in axes:
-            raise CommandError(f"--mesh {mesh} has two axes {name!r}")
+            raise CommandError(f"--mesh {arguments.mesh} has two axes {name!r}")
         axes[name] = size
     return axes
 

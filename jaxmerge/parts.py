@@ -6,16 +6,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmerge import hosts
 from jaxmerge.checkpoints import Checkpoint, Index
-from jaxmerge.lazy import load
+from jaxmerge.lazy import Whole, load
 from jaxmerge.matrixwise import MatrixPlan, plan_matrices
 from jaxmerge.planning import Part
 from jaxmerge.recipe_syntax import MergeError
 from jaxmerge.reports import sums_of_squares
-from jaxmerge.sharding import shardings, spread_evenly
+from jaxmerge.sharding import AnyMesh, shardings, spread_evenly
 from jaxmerge.streaming import (
     StoredLeaf,
     all_finite,
@@ -39,33 +39,50 @@ class PartMerge:
         mesh: the devices to merge on.
         rules: how leaves lie on them.
 
+    Attributes:
+        placed: how each leaf lies on the mesh, if there is one.
+
     Raises:
         MergeError: an option or a rule does not fit a leaf, or the method needs more
             memory.
     """
 
-    def __init__(self, part: Part, memory: int, mesh: Mesh | None, rules: Rules):
+    def __init__(self, part: Part, memory: int, mesh: AnyMesh | None, rules: Rules):
         self.part = part
-        self._memory, self._placed = memory, _placed(part, mesh, rules)
+        self._memory, self.placed = memory, _placed(part, mesh, rules)
         self._merged: dict[str, Any] = {}
         self._wide = is_wide(part)
         self._try_on_shapes()
         self._check_memory()
 
-    def start(self) -> None:
-        """Measures what the method must know of all leaves before the first."""
+    def start(self, names: list[str]) -> list[str]:
+        """Measures what the method must know of all leaves before the first.
+
+        Args:
+            names: of all leaves that are going to be asked for.
+
+        Returns:
+            The names in the order in which they should be: leaves that are computed
+            together follow each other, so that few of them wait.
+        """
         part = self.part
         if not part.merged:
-            return
+            return names
         if part.method.spans_model(part.recipe.options):
             with hosts.together():
                 for name in part.merged:
                     self._check_inputs(name)
-        base, models = self.lazy_trees(self._memory)
+        # Of arrays on a mesh, each process has a share.
+        processes = jax.process_count() if self.placed else 1
+        base, models = self.lazy_trees(self._memory * processes)
         with precision(self._wide):
             if part.method.holds_model(part.recipe.options):
                 base, models = load((base, models))
             self._merged = self.call(base, models)
+        for name in self._merged.keys() - set(names):
+            if isinstance(leaf := self._merged[name], Whole):
+                leaf.give_up()
+        return self._side_by_side(names)
 
     def leaf(
         self, name: str, write: Callable[[Index, np.ndarray], None]
@@ -100,6 +117,15 @@ class PartMerge:
         of_base, of_task_vector = squares.tolist()
         return of_base, of_task_vector
 
+    def _side_by_side(self, names: list[str]) -> list[str]:
+        """Names, those of leaves that are computed together after each other."""
+        groups: dict[Any, list[str]] = {}
+        for name in names:
+            leaf = self._merged.get(name)
+            key = leaf.together if isinstance(leaf, Whole) else name
+            groups.setdefault(key, []).append(name)
+        return [name for group in groups.values() for name in group]
+
     def treatments(self) -> dict[str, str]:
         """What becomes of each leaf, in a word."""
         treatments = {name: step.treatment for name, step in self.part.steps.items()}
@@ -116,7 +142,7 @@ class PartMerge:
     def _blocks(self, name: str, checkpoint: Checkpoint) -> Iterator[Index]:
         """What this process reads of a leaf, cut into parts of bounded size."""
         shape, dtype = checkpoint.leaves[name]
-        for part in own_parts(shape, self._placed.get(name)):
+        for part in own_parts(shape, self.placed.get(name)):
             yield from blocks(shape, part, dtype.itemsize)
 
     def call(self, base: Any, models: list[Any]) -> dict[str, Any]:
@@ -127,8 +153,13 @@ class PartMerge:
             base, models
         )
 
-    def lazy_trees(self, memory: int) -> tuple[Any, list[Any]]:
-        """The leaves of base and models that are merged, not read yet."""
+    def lazy_trees(self, memory: int, *, on_mesh: bool = True) -> tuple[Any, list[Any]]:
+        """The leaves of base and models that are merged, not read yet.
+
+        Args:
+            memory: about how many bytes values may take, of a mesh in all processes.
+            on_mesh: whether they come to lie on the mesh, if there is one.
+        """
         part, inputs = self.part, self.part.inputs
         uses_base = part.method.uses_base(part.recipe.options)
         like = inputs.base if uses_base else next(iter(inputs.models.values()))
@@ -138,8 +169,9 @@ class PartMerge:
             if checkpoint is like and dtype != out:
                 # The result has the dtype of this leaf and must not be rounded twice.
                 dtype = np.promote_types(dtype, np.float32)
-            placed = self._placed.get(name)
-            return StoredLeaf(checkpoint, name, share_of(memory), dtype, placed)
+            placed = self.placed.get(name) if on_mesh else None
+            share = share_of(memory, on_mesh=placed is not None)
+            return StoredLeaf(checkpoint, name, share, dtype, placed)
 
         def leaves(checkpoint: Checkpoint) -> dict[str, StoredLeaf]:
             return {name: stored(checkpoint, name) for name in part.merged}
@@ -219,7 +251,7 @@ def is_wide(part: Part) -> bool:
     )
 
 
-def _placed(part: Part, mesh: Mesh | None, rules: Rules) -> dict[str, NamedSharding]:
+def _placed(part: Part, mesh: AnyMesh | None, rules: Rules) -> dict[str, NamedSharding]:
     """How leaves lie on a mesh."""
     if mesh is None:
         return {}

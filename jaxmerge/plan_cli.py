@@ -3,8 +3,8 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from jaxmerge import meshes
 from jaxmerge.console import CommandError, parse_size, print_table, readable_size
-from jaxmerge.meshes import axes_of
 
 # Commands import what they need themselves, so that `--help` does not wait for it.
 if TYPE_CHECKING:
@@ -17,12 +17,12 @@ def add_to(commands: Any) -> None:
     help = "Say what a merge will do and cost, before any work"
     plan = commands.add_parser("plan", help=help, description=f"{help}.")
     plan.set_defaults(command=_plan)
-    plan.add_argument("recipe", metavar="RECIPE", help="YAML file")
+    plan.add_argument("recipe", metavar="RECIPE", help="YAML file, also of mergekit")
     plan.add_argument("--out", metavar="OUT", help="directory to create, to check it")
     plan.add_argument(
         "--memory", metavar="SIZE", default="1GB", help="for values (default: 1GB)"
     )
-    plan.add_argument("--mesh", metavar="AXES", help="such as data=2,model=4")
+    meshes.add_layout_to(plan)
     plan.add_argument(
         "--hosts", metavar="N", type=int, default=1, help="processes (default: 1)"
     )
@@ -38,13 +38,11 @@ def add_to(commands: Any) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     from jaxmerge.recipe_files import load_recipe
-    from jaxmerge.recipes import Recipe
 
     memory = parse_size("--memory", arguments.memory)
-    mesh = None if arguments.mesh is None else axes_of(arguments.mesh)
+    mesh = meshes.axes_of(arguments)
+    rules = meshes.rules_of(arguments)
     recipe = load_recipe(arguments.recipe)
-    if not isinstance(recipe, Recipe):
-        raise CommandError(f"{arguments.recipe}: recipes of mergekit cannot be planned")
     machine = _machine(arguments)
 
     # What is wrong with a recipe is said before the rest is loaded.
@@ -55,6 +53,7 @@ def _plan(arguments: argparse.Namespace) -> None:
         out=arguments.out,
         memory=memory,
         mesh=mesh,
+        rules=rules,
         hosts=arguments.hosts,
         machine=machine,
     )
@@ -94,6 +93,7 @@ def _row(group: "LeafGroup") -> list[str]:
     changed = "" if written in (None, read[0]) else f" to {written}"
     set_ones = (f"{n} {_short(v)}" for n, v in group.options.items() if v is not None)
     loops = " per step" if cost.operations.open_loops else ""
+    slices = {0: "-", 1: "whole"}.get(cost.slices, str(cost.slices))
     return [
         group.name,
         str(number),
@@ -101,11 +101,11 @@ def _row(group: "LeafGroup") -> list[str]:
         f"{read[0]}{changed}",
         group.treatment,
         ", ".join(set_ones),
-        {0: "-", 1: "whole"}.get(cost.slices, str(cost.slices)),
+        f"{group.together} leaves" if group.together > 1 else slices,
         readable_size(number * cost.read),
         readable_size(number * cost.written),
         f"{number * cost.operations.flops:.2g}{loops}",
-        readable_size(int(group.share * cost.working)),
+        readable_size(int(group.working)),
     ]
 
 

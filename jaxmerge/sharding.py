@@ -142,7 +142,7 @@ def place(
 
 
 def shardings(
-    params: Params, mesh: Mesh, rules: Mapping[str, PartitionSpec] | None = None
+    params: Params, mesh: AnyMesh, rules: Mapping[str, PartitionSpec] | None = None
 ) -> Params:
     """The shardings that `place` gives, from shapes alone.
 
@@ -196,20 +196,20 @@ def spread_evenly(shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSpec:
 
 
 def _misfits(
-    path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh
+    path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: AnyMesh
 ) -> Iterable[str]:
     said = f"leaf {path!r} of shape {shape} cannot be sharded as {spec}"
     if len(spec) > len(shape):
         yield f"{said}: it has {len(shape)} axes; shorten it, or add a rule before"
-    named = [name for entry in spec for name in _names(entry)]
+    named = [name for entry in spec for name in axes_in(entry)]
     if twice := [name for name in dict.fromkeys(named) if named.count(name) > 1]:
         yield f"{said}: it names {twice} twice; a mesh axis cuts one axis of a leaf"
     for axis, (size, entry) in enumerate(zip(shape, spec, strict=False)):
-        missing = [name for name in _names(entry) if name not in mesh.shape]
+        missing = [name for name in axes_in(entry) if name not in mesh.shape]
         if missing:
             yield f"{said}: the mesh has axes {mesh.axis_names}, not {missing}"
             continue
-        devices = math.prod(mesh.shape[name] for name in _names(entry))
+        devices = math.prod(mesh.shape[name] for name in axes_in(entry))
         if size % devices:
             yield (
                 f"{said}: axis {axis} of size {size} is not divisible by the {devices} "
@@ -243,7 +243,7 @@ class Spread(NamedTuple):
     def shards(self) -> tuple[int, ...]:
         """The number of shards that each leading axis is cut into."""
         specs = self.spec[: len(self.stack)]
-        return tuple(math.prod(self.mesh.shape[a] for a in _names(s)) for s in specs)
+        return tuple(math.prod(self.mesh.shape[a] for a in axes_in(s)) for s in specs)
 
     @property
     def per_shard(self) -> tuple[int, ...]:
@@ -268,10 +268,16 @@ class Spread(NamedTuple):
         return PartitionSpec(*self.spec[: len(self.stack)])
 
 
-def plan_spread(stack: Any, mesh: AnyMesh) -> Spread:
-    """Plans how the layers of a stack of matrices (*stack, m, n) spread over a mesh."""
-    spec = _known_spec(stack, mesh)
-    axes = [list(_names(entry)) for entry in spec]
+def plan_spread(stack: Any, mesh: AnyMesh, spec: PartitionSpec | None = None) -> Spread:
+    """Plans how the layers of a stack of matrices (*stack, m, n) spread over a mesh.
+
+    Args:
+        stack: an array or a tracer.
+        mesh: where it lies.
+        spec: how, where a tracer does not tell, with one entry per axis.
+    """
+    spec = _known_spec(stack, mesh, spec)
+    axes = [list(axes_in(entry)) for entry in spec]
     layers = [name for entry in axes[:-2] for name in entry]
     rows, columns = axes[-2:]
 
@@ -292,10 +298,10 @@ def plan_spread(stack: Any, mesh: AnyMesh) -> Spread:
     return Spread(mesh, np.shape(stack), spec, tuple(dict.fromkeys(path)))
 
 
-def _known_spec(stack: Any, mesh: AnyMesh) -> PartitionSpec:
+def _known_spec(stack: Any, mesh: AnyMesh, told: PartitionSpec | None) -> PartitionSpec:
     """The sharding of a stack, one entry per axis."""
     if isinstance(stack, Tracer) and mesh.auto_axes:
-        return _usual_spec(stack.shape, mesh)
+        return told or _usual_spec(stack.shape, mesh)
     spec = (of(stack) or jax.typeof(stack).sharding).spec
     return PartitionSpec(*spec, *[None] * (stack.ndim - len(spec)))
 
@@ -356,12 +362,12 @@ def unspread(layers: Array, plan: Spread) -> Array:
     return keep(stack, NamedSharding(plan.mesh, plan.spec_of_result(stack.shape)))
 
 
-def _names(entry: Any) -> tuple[str, ...]:
+def axes_in(entry: Any) -> tuple[str, ...]:
     """The mesh axes in one entry of a `PartitionSpec`."""
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
 def _only(axes: Iterable[str], spec: PartitionSpec) -> PartitionSpec:
     """The part of `spec` that speaks of `axes`."""
-    kept = (tuple(n for n in _names(entry) if n in axes) or None for entry in spec)
+    kept = (tuple(n for n in axes_in(entry) if n in axes) or None for entry in spec)
     return PartitionSpec(*kept)

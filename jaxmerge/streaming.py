@@ -7,6 +7,7 @@ while one thread waits for a disk or JAX computes what only one core can do.
 
 import contextlib
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
@@ -27,6 +28,7 @@ _AT_ONCE = 128_000_000
 
 _BLOCK = 1 << 18  # Entries that are looked at together: small enough for the cache.
 _BLOCK_BYTES = 1 << 24  # What is read at a time of leaves that are copied or checked.
+_on_mesh = threading.Lock()
 
 
 class StoredLeaf(LazyLeaf):
@@ -89,13 +91,15 @@ def stream(names: Iterable[str], work: Callable[[str], None]) -> None:
             task.result()
 
 
-def share_of(memory: int) -> int:
+def share_of(memory: int, *, on_mesh: bool) -> int:
     """How many bytes each of the leaves that are worked on may take, of all there are.
 
-    More than some megabytes do not make it faster: the pages of large arrays are new
-    from the operating system each time, those of small ones are there already.
+    On a mesh leaves come whole, and matrices together, as many as fit. Elsewhere more
+    than some megabytes do not make it faster: the operating system has to clear the
+    memory of large arrays each time, that of small ones is there already.
     """
-    return min(memory // WORKERS, _AT_ONCE)
+    share = memory // WORKERS
+    return share if on_mesh else min(share, _AT_ONCE)
 
 
 def computed(leaf: Any, wide: bool) -> Iterator[tuple[Index, np.ndarray]]:
@@ -109,14 +113,16 @@ def computed(leaf: Any, wide: bool) -> Iterator[tuple[Index, np.ndarray]]:
         Where in the leaf a part is, and its values. Of copies of a part in several
         processes, one has it.
     """
-    parts = slices(leaf)
+    parts, sharded = slices(leaf), of(leaf) is not None
+    # Devices that wait for each other must all compute in the same order.
+    turn = _on_mesh if sharded else contextlib.nullcontext()
     while True:
-        with precision(wide):
+        with turn, precision(wide):
             part = next(parts, None)
             if part is None:
                 return
             start, rows = part[0], jax.block_until_ready(part[1])
-        if of(leaf) is not None:
+        if sharded:
             shards = [s for s in rows.addressable_shards if s.replica_id == 0]
             yield from ((shard.index, np.asarray(shard.data)) for shard in shards)
         else:

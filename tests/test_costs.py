@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
+from jaxmerge import costs
 from jaxmerge.costs import count_operations, footprint
 
 MATRIX = jax.ShapeDtypeStruct((64, 16), jnp.float32)
@@ -76,3 +77,26 @@ def test_a_footprint_has_what_lapack_takes():
     square = jax.ShapeDtypeStruct((512, 512), jnp.float32)
     found = footprint(lambda x: jnp.linalg.svd(x)[0], square)
     assert found.temporary >= 4 * 4 * 512**2
+
+
+FUSED = """
+%fused (a: f32[1,8,2], b: f32[2,16], c: f32[8,16], zero: f32[]) -> f32[8] {
+  %a = f32[1,8,2]{2,1,0} parameter(0)
+  %b = f32[2,16]{1,0} parameter(1)
+  %c = f32[8,16]{1,0} parameter(2)
+  %zero = f32[] parameter(3)
+  %flat = f32[8,2]{1,0} bitcast(%a)
+  %dot = f32[8,16]{1,0} dot(%flat, %b), lhs_contracting_dims={1}
+  %product = f32[8,16]{1,0} multiply(%dot, %c)
+  ROOT %sum = f32[8]{0} reduce(%product, %zero), dimensions={1}, to_apply=%add
+}
+%ynn_fusion.1 = f32[8]{0} fusion(%x, %y, %z, %w), kind=kCustom, calls=%fused
+"""
+
+
+def test_a_fused_matrix_product_has_all_arrays_in_between_at_once():
+    found = costs._ynnpack_workspace(FUSED)
+    assert found == 4 * (8 * 16 + 8 * 16 + 2 * 16)
+    # Without one, they come one after the other.
+    alone = FUSED.replace("dot(%flat, %b)", "broadcast(%zero)")
+    assert costs._ynnpack_workspace(alone) == 4 * 8 * 16

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from jax.sharding import PartitionSpec as P
 
 from jaxmerge.checkpoints import Writer, save
 from jaxmerge.checkpoints.safetensors import SafetensorsFile
@@ -157,8 +158,9 @@ def collectives(method, kind):
     """The bytes of all collectives of a kind, in what is compiled for 8 devices."""
     mesh = jax.make_mesh((8,), ("x",), (jax.sharding.AxisType.Auto,))
     where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
-    name = "layers.0.up.weight"
-    trees = jax.device_put([{name: make_tree(i)[name]} for i in range(3)], where)
+    names = [f"layers.{i}.up.weight" for i in range(2)]
+    trees = [{name: make_tree(i)[name] for name in names} for i in range(3)]
+    trees = jax.device_put(trees, where)
     known = methods()[method]
     arguments = (trees[0], trees[1:]) if known.needs_base else (trees[1:],)
     with jax.set_mesh(mesh):
@@ -171,7 +173,7 @@ def collectives(method, kind):
 @pytest.mark.parametrize("method", ["average", "slerp", "iso_c"])
 def test_what_devices_send_is_what_is_compiled_for_them(runs, method, optimised):
     group = by_name(plan_merge(recipe_for(runs, method), mesh={"x": 8}))
-    sent = group["layers.*.up.weight"].sent
+    sent = 2 * group["layers.*.up.weight"].sent
     # Of what a device has, it keeps an eighth; of a sum, it sends each part twice.
     moved = collectives(method, "all-to-all") + 2 * collectives(method, "all-reduce")
     assert sent == pytest.approx(7 / 8 * moved)
@@ -179,12 +181,38 @@ def test_what_devices_send_is_what_is_compiled_for_them(runs, method, optimised)
     assert collectives(method, "all-gather") == 0
 
 
-def test_a_lone_matrix_is_the_work_of_every_device(runs, unread):
-    alone = plan_merge(recipe_for(runs, "tsv_merge"))
-    spread = plan_merge(recipe_for(runs, "tsv_merge"), mesh={"x": 8})
-    groups = by_name(alone), by_name(spread)
-    assert [x["layers.*.up.weight"].share for x in groups] == [1, 1]
-    assert [x["layers.*.norm.weight"].share for x in groups] == [1, 1 / 8]
+def test_equal_matrices_are_the_work_of_a_device_each(runs, unread):
+    recipe = recipe_for(runs, "tsv_merge")
+    alone = plan_merge(recipe)
+    spread = plan_merge(recipe, mesh={"x": 8})
+    # Neither leaf fits beside the other: all devices work on the same matrix.
+    little = plan_merge(recipe, mesh={"x": 8}, memory=LITTLE)
+    # Of two processes, each has half of the values in its memory.
+    shared = plan_merge(recipe, mesh={"x": 8}, memory=3 * LITTLE, hosts=2)
+    groups = [by_name(plan) for plan in (alone, spread, little, shared)]
+    up = [x["layers.*.up.weight"] for x in groups]
+    assert [(x.together, x.share) for x in up] == [(1, 1), (2, 0.5), (1, 1), (2, 0.5)]
+    assert [x.working for x in up] == [up[0].cost.working] * 4
+    assert [x["layers.*.norm.weight"].share for x in groups] == [1, *[1 / 8] * 3]
+    factorising = MACHINES["cpu"]._replace(factorise=1.0, flops=1e30, memory=1e30)
+    seconds = [
+        plan_merge(recipe, mesh={"x": 8}, memory=m, machine=factorising).totals.seconds
+        for m in (10**9, LITTLE)
+    ]
+    assert seconds[0].compute == pytest.approx(seconds[1].compute / 2)
+
+
+def test_rules_say_how_leaves_lie_on_the_mesh(runs, unread):
+    recipe, mesh = recipe_for(runs, "average"), {"x": 4, "y": 2}
+    plan = plan_merge(recipe, mesh=mesh, rules={r"layers\.0.*": P("y"), "e.*": P()})
+    shares = {n: g.share for g in plan.groups for n in g.names}
+    assert shares["layers.0.up.weight"] == shares["layers.0.norm.weight"] == 1 / 2
+    assert shares["layers.1.up.weight"] == 1 / 8
+    assert shares["embed.weight"] == 1
+    with pytest.raises(MergeError, match="rule 'nothing' matches no leaf"):
+        plan_merge(recipe, mesh=mesh, rules={"nothing": P()})
+    with pytest.raises(MergeError, match=r"'steps' of shape .* cannot be sharded"):
+        plan_merge(recipe, mesh=mesh, rules={"steps": P("x")})
 
 
 def test_time_follows_the_rates(runs, unread):
@@ -284,6 +312,7 @@ def test_the_command_fails_with_all_errors(recipe_file, tmp_path, capsys):
     ("words", "message"),
     [
         (["--mesh", "8"], "is no axis such as data=2"),
+        (["--shard", ".*=data"], "--shard needs a --mesh"),
         (["--machine", "v5"], "unknown machine 'v5'; did you mean 'v5e'?"),
         (["--rates", "read=fast"], "write a rate such as read=2GB/s"),
         (["--memory", "much"], "write a size such as 5GB"),

@@ -39,6 +39,7 @@ def make_tree(seed):
             "kernel": rng.normal(size=(64, 16)).astype(np.float32),
             "bias": rng.normal(size=16).astype(np.float32),
         },
+        "gate": {"kernel": rng.normal(size=(64, 16)).astype(np.float32)},
         "steps": np.array(seed, np.int32),
         "temperature": np.array(seed / 7, np.float32),
     }

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from cases import CASES
 
-from jaxmerge.checkpoints import open_checkpoint
+from jaxmerge.checkpoints import LeafWriter, open_checkpoint
+from jaxmerge.checkpoints.safetensors import SafetensorsFile
 from jaxmerge.cli import main
 
 RECIPES = {
@@ -35,6 +36,47 @@ def test_what_is_written_is_mergekits(case, request, tmp_path, monkeypatch):
     config = json.loads((tmp_path / "out/config.json").read_text())
     layers = {name.split(".")[2] for name in out.leaves if ".layers." in name}
     assert config["num_hidden_layers"] == len(layers)
+
+
+@pytest.mark.parametrize("case", RECIPES)
+def test_plans_have_the_bytes_of_the_merge(case, request, tmp_path, monkeypatch):
+    monkeypatch.chdir(request.getfixturevalue(RECIPES[case]))
+    recipe = tmp_path / "mergekit.yml"
+    recipe.write_text(CASES["recipes"][case])
+    totals, read, write = [0, 0], SafetensorsFile.read, LeafWriter.write
+
+    def counted_read(self, *where):
+        array = read(self, *where)
+        totals[0] += array.nbytes
+        return array
+
+    def counted_write(self, name, array, *where):
+        totals[1] += array.nbytes
+        write(self, name, array, *where)
+
+    plan = str(tmp_path / "plan.json")
+    monkeypatch.setattr(SafetensorsFile, "read", counted_read)
+    monkeypatch.setattr(LeafWriter, "write", counted_write)
+    words = ["--mesh=x=4,y=2", "--shard=.*proj.*=x", "--json", plan]
+    assert main(["plan", str(recipe), *words]) == 0
+    assert totals == [0, 0]
+    planned = json.loads((tmp_path / "plan.json").read_text())["plan"]
+    shares = {n: group["share"] for group in planned["groups"] for n in group["names"]}
+    assert all(shares[n] == (1 / 4 if "proj" in n else 1 / 8) for n in shares)
+    assert main(["merge", str(recipe), str(tmp_path / "out")]) == 0
+    assert [planned["totals"][key] for key in ("read", "written")] == totals
+    assert shares.keys() == open_checkpoint(tmp_path / "out").leaves.keys()
+
+
+def test_plans_say_all_that_is_wrong(root, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(root)
+    recipe = tmp_path / "mergekit.yml"
+    recipe.write_text(CASES["recipes"]["ties_d05"])
+    words = ["--out", str(tmp_path), "--mesh=x=2", "--shard=nothing=x"]
+    assert main(["plan", str(recipe), *words]) == 1
+    message = capsys.readouterr().err
+    assert f"{tmp_path} exists already" in message
+    assert "the rule 'nothing' matches no leaf" in message
 
 
 def test_done_again_from_its_report(root, tmp_path, monkeypatch):
