@@ -26,6 +26,7 @@ from jaxmerge.parts import PartMerge, Rules, is_wide
 from jaxmerge.planning import MergeError, Part, Plan
 from jaxmerge.preflight import checked
 from jaxmerge.recipes import Recipe
+from jaxmerge.reports import HASHES
 from jaxmerge.streaming import WORKERS, StoredLeaf, precision, share_of
 from jaxmerge.tree import first_match
 
@@ -331,7 +332,7 @@ def _totals(
     sent = sum(group.sent for group in of_leaves)
     seconds = Seconds(
         read=inputs / hosts / machine.read,
-        hash=inputs / hosts / min(machine.hash, machine.read),
+        hash=inputs / hosts / min(HASHES * machine.hash, machine.read),
         compute=sum(_compute_seconds(group, machine) for group in of_leaves),
         send=sent / machine.link,
         write=written / hosts / machine.write,

@@ -21,7 +21,7 @@ class Machine(NamedTuple):
     Attributes:
         read: bytes per second that a host reads from the disk with the checkpoints.
         write: and writes to it.
-        hash: and hashes.
+        hash: and hashes, on one core.
         flops: float32 operations per second of a device, in products of matrices.
         factorise: and in SVDs and other factorisations.
         memory: bytes per second between a device and its memory.

@@ -21,7 +21,8 @@ from jaxmerge.planning import Part, Plan
 T = TypeVar("T")
 
 _BLOCK = 1 << 16  # Entries that are summed at a time: small enough for the cache.
-_HASHES = 2  # Checkpoints that are hashed at a time, beside a merge.
+HASHES = 2
+"""How many checkpoints are hashed at a time, beside a merge."""
 
 
 class LeafReport(NamedTuple):
@@ -178,7 +179,7 @@ def _sums_of_squares(base: np.ndarray, merged: np.ndarray, dtype: Any) -> np.nda
 
 def hash_all(checkpoints: Mapping[str, Checkpoint]) -> dict[str, dict[str, str]]:
     """The SHA-256 of all files of checkpoints, by key and name."""
-    with ThreadPoolExecutor(_HASHES) as pool:
+    with ThreadPoolExecutor(HASHES) as pool:
         digests = pool.map(lambda each: each.digest(), checkpoints.values())
         return dict(zip(checkpoints, digests, strict=True))
 

@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from jaxmerge.evaluation import ResultTable
+from jaxmerge.evaluation.tables import Values
 from jaxmerge.plots.canvas import (
     COLOURS,
     INK,
@@ -231,7 +232,7 @@ def _relative(table: ResultTable, name: str) -> np.ndarray:
     return 100 * _accuracies(table.rows[name]) / _accuracies(table.individual)
 
 
-def _accuracies(values: Sequence[float] | np.ndarray) -> np.ndarray:
+def _accuracies(values: Values) -> np.ndarray:
     """Those on each task, (T,): the mean over runs, where there are several."""
     return np.atleast_2d(np.asarray(values, np.float64)).mean(axis=0)
 
