@@ -119,6 +119,17 @@ def inside(eqn: Equation) -> Iterator[Equation]:
             yield from inside(inner)
 
 
+def text_of(closed: Any) -> str | None:
+    """What a jaxpr computes, if its text says all: None if it closes over arrays."""
+    eqns = [eqn for outer in closed.jaxpr.eqns for eqn in (outer, *inside(outer))]
+    held = [body_of(x) for eqn in eqns for x in jax.tree.leaves(eqn.params)]
+    return (
+        None
+        if any(map(len, (closed.consts, *(b.consts for b in held))))
+        else str(closed)
+    )
+
+
 def is_literal(atom: Atom) -> bool:
     """Whether an operand is written out in the jaxpr."""
     return isinstance(atom, core.Literal)

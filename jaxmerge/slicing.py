@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax import Array, lax
 
-from jaxmerge.jaxprs import CALLS, called, is_literal
+from jaxmerge.jaxprs import CALLS, called, is_literal, text_of
 
 Reader = Callable[[int, int], Any]
 """Reads the rows of an array from a start to a stop."""
@@ -46,6 +46,7 @@ class Sliced:
         numbers = zip(self._program.inputs, sliced, strict=True)
         self._plan = _plan(self._program, [i for i, cut in numbers if cut])
         self._compiled: dict[int, Any] = {}
+        self._alike: dict[str, Any] = {}
 
     def __call__(self, leaves: Sequence[Any], fit: Fit) -> list[Any]:
         """Measures what rows depend on besides themselves.
@@ -72,6 +73,8 @@ class Sliced:
                 aval = self._program.avals[value]
                 known[value] = _gather(aval, functools.partial(read, value), rows)
             results = self._settle(stage)([known[i] for i in stage.operands])
+            # Or the arrays of all stages would be allocated ahead.
+            jax.block_until_ready(results)
             known |= dict(zip(stage.results, results, strict=True))
             for value in stage.gathered:
                 del known[value]
@@ -139,7 +142,7 @@ class Sliced:
                     step.run(values, [values[i] for i in step.operands])
                 return [values[i] for i in stage.results]
 
-            self._compiled[id(stage)] = jax.jit(run)
+            self._compiled[id(stage)] = self._jit(run, self._shapes(stage.operands))
         return self._compiled[id(stage)]
 
     def _by_rows(self, value: int) -> tuple[Any, list[int], list[int]]:
@@ -164,8 +167,20 @@ class Sliced:
                     rule.run(step, values, operands, start, count)
                 return values[value]
 
-            self._compiled[value] = jax.jit(run), cut, others
+            shapes = self._shapes(cut), self._shapes(others), np.uint32(0)
+            self._compiled[value] = self._jit(run, *shapes), cut, others
         return self._compiled[value]
+
+    def _jit(self, run: Callable[..., Any], *shapes: Any) -> Any:
+        """A function, compiled once for all that do the same: with each model, say."""
+        text = text_of(jax.make_jaxpr(run)(*shapes))
+        return (
+            jax.jit(run) if text is None else self._alike.setdefault(text, jax.jit(run))
+        )
+
+    def _shapes(self, values: Sequence[int]) -> list[Any]:
+        avals = (self._program.avals[i] for i in values)
+        return [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
 
 
 class Piece(NamedTuple):
