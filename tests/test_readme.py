@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -62,7 +63,7 @@ def test_table_of_methods_is_that_of_the_registry():
 
 
 def test_python_examples_run(checkpoints):
-    first, second, steps, adapters, data, store = blocks("python")
+    first, second, steps, tuning, adapters, data, store = blocks("python")
     exec(first, {})
     assert jaxmerge.load("checkpoints/merged")["mlp"]["kernel"].shape == (4, 4)
     names: dict = {}
@@ -78,6 +79,10 @@ def test_python_examples_run(checkpoints):
     ]
     assert ranks == [1, 4]
     assert names["calibrated"]["mlp"]["kernel"].shape == (4, 4)
+    score = lambda params: -jnp.square(params["mlp"]["bias"] - 0.1).sum()  # noqa: E731
+    found = {**names, "score": score}
+    exec(tuning, found)
+    np.testing.assert_allclose(found["merged"]["mlp"]["bias"], 0.1, atol=2e-3)
     with jax.numpy_rank_promotion("allow"):  # The bias of its model.
         exec(data, names)
     np.testing.assert_allclose(
