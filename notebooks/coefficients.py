@@ -170,3 +170,13 @@ table = jaxmerge.ResultTable(
     summaries=("mean", "norm."),
 )
 print(table.markdown(marks=False))
+
+# %% [markdown]
+# ## What to read next
+#
+# - [Four papers on a laptop](four_papers.py): submodules have coefficients in closed
+#   form.
+# - *AdaMerging*, [ICLR 2024](https://arxiv.org/abs/2310.02575), and *Evolutionary
+#   Optimization of Model Merging Recipes*, [2024](https://arxiv.org/abs/2403.13187).
+# - The docstrings of `jaxmerge.tuning`: resuming an evolution, scores that JAX cannot
+#   trace, soups.

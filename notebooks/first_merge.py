@@ -30,12 +30,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 
 import jaxmerge
 from jaxmerge import plots
 from jaxmerge.cli import main
+from jaxmerge.plots.canvas import axes_of, picture
+from jaxmerge.tuning import grid
 
 pixels, digits = load_digits(return_X_y=True)
 images = (pixels.reshape(-1, 8, 8) / 8 - 1).astype(np.float32)
@@ -57,22 +58,19 @@ data = {
 }
 
 
-def draw(examples: int = 12) -> Figure:
-    figure = Figure(figsize=(0.55 * examples, 2.4), facecolor="none")
+def draw_views(examples=12):
+    figure = picture(0.55 * examples, 2.4)
     for i, (view, (shown, _)) in enumerate(data["test"].items()):
         for k in range(examples):
-            axes = figure.add_subplot(len(views), examples, i * examples + k + 1)
+            axes = axes_of(figure, len(views), examples, i * examples + k + 1)
             axes.imshow(shown[k], cmap="gray_r")
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
-            if k == 0:
-                axes.set_ylabel(
-                    view, color=plots.canvas.INK, rotation=0, ha="right", va="center"
-                )
+            axes.set_ylabel("" if k else view, rotation=0, ha="right", va="center")
     return figure
 
 
-draw()
+draw_views()
 
 # %% [markdown]
 # ## Five networks
@@ -143,9 +141,9 @@ individual = alone.diagonal()
 plots.heat_map(jaxmerge.ResultTable(list(views), individual, rows))
 
 # %% [markdown]
-# Fine-tuning on one view raises it to more than 97 %, and *lowers* what the start could
-# do with the others. The last row, "individual", takes each task's own model: four
-# networks, and somebody has to say which one to ask.
+# Fine-tuning on one view raises it to more than 97 %, and *lowers* most of what the
+# start could do with the others. The last row, "individual", takes each task's own
+# model: four networks, and somebody has to say which one to ask.
 #
 # ## The merge
 #
@@ -154,7 +152,7 @@ plots.heat_map(jaxmerge.ResultTable(list(views), individual, rows))
 # data: `sweep` tries all its values in one compiled call.
 
 # %%
-scales = jaxmerge.tuning.grid(scale=np.linspace(0, 1.2, 13).tolist())
+scales = grid(scale=np.linspace(0, 1.2, 13).tolist())
 merged = {"average": jaxmerge.average(models)}
 courses, chosen = {}, {}
 for method in (jaxmerge.task_arithmetic, jaxmerge.ties):

@@ -28,7 +28,6 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 from rich.progress import Progress
 
 import jaxmerge
@@ -36,6 +35,7 @@ from jaxmerge import plots
 from jaxmerge.demo import merges
 from jaxmerge.demo.experiment import train
 from jaxmerge.demo.model import ENCODER, features
+from jaxmerge.plots.canvas import INK, SIZE, axes_of, grid, line_style, picture
 
 with Progress(disable=True) as progress:
     demo = train(Path("jaxmerge-demo/trained"), seed=0, progress=progress)
@@ -95,21 +95,26 @@ kept = {
 reached = {
     name: demo.test(p) / individual for name, p in {"start": base, **by_models}.items()
 }
-figure = Figure(figsize=(5.4, 3.8), facecolor="none", layout="constrained")
-axes = plots.canvas.axes_of(figure)
-for i, name in enumerate(kept):
-    style = plots.canvas.line_style(i, linestyle="", label=name, markersize=6)
-    axes.plot(kept[name], 100 * reached[name], **style)
-axes.set(
-    xlabel="features preserved (cosine)", ylabel="accuracy, % of the task's own model"
-)
-axes.legend(frameon=False, labelcolor=plots.canvas.INK, fontsize=8)
-plots.canvas.tidy(axes)
-correlation = np.corrcoef(
-    np.ravel(list(kept.values())), np.ravel(list(reached.values()))
-)
-print(f"correlation of both, over methods and tasks: {correlation[0, 1]:.2f}")
-figure.get_figure()
+
+
+def draw_features():
+    figure = picture(5.8, 3.8)
+    axes = axes_of(figure)
+    grid(axes)
+    for i, name in enumerate(kept):
+        style = line_style(i, linestyle="", label=name, markersize=6)
+        axes.plot(kept[name], 100 * reached[name], **style)
+    axes.set_xlabel("features preserved (cosine)")
+    axes.set_ylabel("accuracy, % of the task's own model")
+    figure.legend(
+        loc="outside right upper", frameon=False, labelcolor=INK, fontsize=SIZE
+    )
+    return figure
+
+
+pairs = np.ravel(list(kept.values())), np.ravel(list(reached.values()))
+print(f"correlation over methods and tasks: {np.corrcoef(*pairs)[0, 1]:.2f}")
+draw_features()
 
 # %% [markdown]
 # ## 2. Matching where the data lie (MaTS)
@@ -147,14 +152,19 @@ by_steps = {
     for name, path in paths.items()
 }
 by_steps |= {n: [100 * demo.test(p).mean()] * 6 for n, p in closed.items()}
-figure = plots.sweep_curves(
-    (0.3, *steps),
-    by_steps,
-    value="steps (0 at the left)",
-    score="mean test accuracy, %",
-)
-figure.axes[0].set_xscale("log")
-figure.get_figure()
+
+
+def draw_steps():
+    # Step 0 has no logarithm; it is drawn at a third of a step.
+    figure = plots.sweep_curves(
+        (1 / 3, *steps), by_steps, value="steps", score="mean test accuracy, %"
+    )
+    figure.axes[0].set_xscale("log")
+    figure.axes[0].set_xticks((1 / 3, *steps), (0, *steps))
+    return figure
+
+
+draw_steps()
 
 # %% [markdown]
 # ## 3. Linear submodules (SLTA)
@@ -228,3 +238,16 @@ print("bits per parameter:", ", ".join(f"{n} for {what}" for what, n in bits.ite
 
 # %%
 plots.mask_overlap(masks["task_arithmetic"], base=base, models=models)
+
+# %% [markdown]
+# ## What to read next
+#
+# - The papers: [SFTM](https://arxiv.org/abs/2502.10698),
+#   [MaTS](https://arxiv.org/abs/2312.04339), [SLTA](https://arxiv.org/abs/2504.10902),
+#   [TALL-masks and Consensus](https://arxiv.org/abs/2405.07813).
+# - [What becomes of MaTS step by step](../benchmarks/results/steps.md), over three
+#   seeds.
+# - Twenty task models at the price of two: stores, in the
+#   [README](../README.md#every-task-model-at-the-price-of-two).
+# - [Choosing coefficients](coefficients.py): the scales that were taken for granted
+#   here.

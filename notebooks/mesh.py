@@ -31,11 +31,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 import jaxmerge
-from jaxmerge import plots, sharding
+from jaxmerge import sharding
+from jaxmerge.plots.canvas import COLOURS, INK, axes_of, picture
 
 mesh = jax.make_mesh((2, 4), ("data", "model"), (AxisType.Auto,) * 2)
 
@@ -72,37 +72,31 @@ base, *models = (jaxmerge.place(p, mesh, rules) for p in (on_host, *models_on_ho
 print(base["up"]["kernel"].sharding.spec)
 
 
-def show(where, title, axes):
-    """One rectangle for each layer, its parts coloured by the device they are on."""
-    shape = (LAYERS, INPUTS, OUTPUTS)
-    places = NamedSharding(mesh, where).devices_indices_map(shape)
-    for device, (layers, rows, columns) in places.items():
-        colour = [*plots.canvas.COLOURS, "#f0e442", "#7a7a7a"][device.id]
-        for layer in range(LAYERS)[layers]:
+def draw_places(steps):
+    """Who has what: all layers after each step, in the colours of the devices."""
+    figure = picture(7.2, 1.4 * len(steps))
+    for i, spec in enumerate(steps):
+        axes = axes_of(figure, len(steps), 1, i + 1)
+        places = NamedSharding(mesh, spec).devices_indices_map(
+            (LAYERS, INPUTS, OUTPUTS)
+        )
+        for device, (layers, rows, columns) in places.items():
             top, bottom, _ = rows.indices(INPUTS)
             left, right, _ = columns.indices(OUTPUTS)
-            corner = (
-                left + 1.12 * OUTPUTS * (layer % 4),
-                top + 1.35 * INPUTS * (layer // 4),
-            )
-            size = right - left, bottom - top
-            axes.add_patch(Rectangle(corner, *size, color=colour, alpha=0.85, lw=0))
-    axes.set(xlim=(0, 4.5 * OUTPUTS), ylim=(2.4 * INPUTS, -10), aspect="auto")
-    axes.set_title(title, color=plots.canvas.INK, fontsize=9)
-    axes.axis("off")
+            for layer in range(LAYERS)[layers]:
+                x, y = 1.12 * OUTPUTS * (layer % 4), 1.35 * INPUTS * (layer // 4)
+                part = (x + left, y + top), right - left, bottom - top
+                axes.add_patch(
+                    Rectangle(*part, color=PALETTE[device.id], alpha=0.85, lw=0)
+                )
+        axes.set(xlim=(0, 4.4 * OUTPUTS), ylim=(2.4 * INPUTS, 0))
+        axes.set_title(f"{f'after all-to-all {i}' if i else 'as it lies'}: {spec}")
+        axes.axis("off")
+    return figure
 
 
-plan = sharding.plan_spread(base["up"]["kernel"], mesh)
-figure = Figure(
-    figsize=(7.2, 1.4 * len(plan.path)), facecolor="none", layout="constrained"
-)
-for i, where in enumerate(plan.path):
-    show(
-        where,
-        f"{'as it lies' if i == 0 else f'after all-to-all {i}'}: {where}",
-        figure.add_subplot(len(plan.path), 1, i + 1),
-    )
-figure.get_figure()
+PALETTE = (*COLOURS, "#F0E442", INK)
+draw_places(sharding.plan_spread(base["up"]["kernel"], mesh).path)
 
 # %% [markdown]
 # Singular values need whole matrices. The stack has eight layers, there are eight
@@ -220,3 +214,14 @@ for name in ("task_arithmetic", "ties"):
     program = jax.jit(merges[name]).lower(leaf, [leaf] * 3).compile()
     sent = collectives(program.as_text())
     print(f"{name:>15}: {sent or 'nothing'}")
+
+# %% [markdown]
+# ## What to read next
+#
+# - [What merges cost](../docs/costs.md): `jaxmerge plan` says it of a recipe, before
+#   any work.
+# - `jaxmerge merge recipe.yaml merged --mesh data=2,model=4` merges checkpoints on a
+#   mesh, and `--distributed` on several hosts; see the
+#   [README](../README.md#from-checkpoints-to-a-checkpoint).
+# - [Anatomy of task vectors](task_vectors.py): why matrix methods want singular values
+#   at all.
