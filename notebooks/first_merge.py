@@ -13,9 +13,9 @@
 # %% [markdown]
 # # First merge in five minutes
 #
-# Four networks each read handwritten digits in one way: as they are, turned by 90
-# degrees, in a mirror, as negatives. None reads what the others read. Here they become
-# one network of the same size, without any training, and we measure what that costs.
+# Four networks each read handwritten digits in one way: as they are, as negatives, in a
+# mirror, turned by 90 degrees. None reads what the others read. Here they become one
+# network of the same size, without any training, and we measure what that costs.
 #
 # Needs `pip install 'jaxmerge[notebooks]'`; nothing is downloaded, the scans come with
 # scikit-learn.
@@ -46,9 +46,9 @@ parts = dict(
 )
 views = {
     "upright": lambda x: x,
-    "turned": lambda x: np.rot90(x, axes=(1, 2)),
-    "mirrored": lambda x: x[:, :, ::-1],
     "negative": lambda x: -x,
+    "mirrored": lambda x: x[:, :, ::-1],
+    "turned": lambda x: np.rot90(x, axes=(1, 2)),
 }
 data = {
     part: {
@@ -191,7 +191,7 @@ options:
 """
 (folder / "recipe.yaml").write_text(recipe)
 print(recipe)
-main(["merge", str(folder / "recipe.yaml"), str(folder / "merged")])
+status = main(["merge", str(folder / "recipe.yaml"), str(folder / "merged")])
 
 # %%
 again = jaxmerge.load(folder / "merged")

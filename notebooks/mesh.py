@@ -20,8 +20,12 @@
 
 # %%
 import math
+import os
 import re
 from functools import partial
+
+# Simulated devices that wait for each other must not use up all threads.
+os.environ["NPROC"] = "32"
 
 import jax
 
@@ -127,15 +131,27 @@ BYTES = {
 
 
 def collectives(text):
-    """The bytes of all results of collectives, by kind."""
-    found = {}
-    for results, kind in re.findall(rf" = (.*?) ({KINDS})(?:-start)?\(", text):
-        shapes = re.findall(r"(\w+)\[([\d,]*)\]", results)
-        size = sum(
-            BYTES[d] * math.prod(int(n) for n in s.split(",") if n) for d, s in shapes
-        )
-        found[kind] = found.get(kind, 0) + size
-    return found
+    """The bytes of all results of collectives, by kind; loops as often as they run."""
+    parts = dict(re.findall(r"^(ENTRY|%\S+) .*?\{\n(.*?)^\}", text, re.M | re.S))
+
+    def count(part):
+        found = {}
+        for line in parts[part].splitlines():
+            if loop := re.search(r' while\(.*body=(%[^,\s]+).*?"n":"(\d+)"', line):
+                more = {k: int(loop[2]) * n for k, n in count(loop[1]).items()}
+            elif sent := re.search(rf" = (.*?) ({KINDS})(?:-start)?\(", line):
+                shapes = re.findall(r"(\w+)\[([\d,]*)\]", sent[1])
+                more = {sent[2]: sum(BYTES[kind] * entries(n) for kind, n in shapes)}
+            else:
+                continue
+            found = {k: found.get(k, 0) + more.get(k, 0) for k in found | more}
+        return found
+
+    return count("ENTRY")
+
+
+def entries(shape):
+    return math.prod(int(n) for n in shape.split(",") if n)
 
 
 def sorted_ties(base, models):
@@ -181,19 +197,17 @@ for name, program in programs.items():
 # %% [markdown]
 # ## The same numbers
 #
-# The merge of the mesh lies on the mesh as its inputs did, and is the merge of one
-# device.
+# Called outside of `jax.jit`, a merge of arrays on a mesh lies on the mesh as its
+# inputs did; and it is, to the last bit or nearly so, the merge of one device.
 
 # %%
 for name in ("ties", "tsv_merge"):
-    on_mesh = programs[name](base, models)
-    alone = jax.jit(merges[name])(on_host, models_on_host)
-    apart = max(
-        float(jnp.max(jnp.abs(np.asarray(x) - np.asarray(y))))
-        for x, y in zip(jax.tree.leaves(on_mesh), jax.tree.leaves(alone), strict=True)
+    on_mesh, alone = merges[name](base, models), merges[name](on_host, models_on_host)
+    apart = jax.tree.map(
+        lambda x, y: np.abs(np.asarray(x) - np.asarray(y)).max(), on_mesh, alone
     )
     lies = on_mesh["up"]["kernel"].sharding.spec
-    print(f"{name:>9}: {lies}, apart by at most {apart:.1e}")
+    print(f"{name:>9}: {lies}, apart by at most {max(jax.tree.leaves(apart)):.1e}")
 
 # %% [markdown]
 # ## A model that is not here
@@ -213,7 +227,8 @@ print(f"{math.prod(leaf['up']['kernel'].shape) * 4 / 1e9:.0f} GB per model")
 for name in ("task_arithmetic", "ties"):
     program = jax.jit(merges[name]).lower(leaf, [leaf] * 3).compile()
     sent = collectives(program.as_text())
-    print(f"{name:>15}: {sent or 'nothing'}")
+    said = ", ".join(f"{kind} {size:,}" for kind, size in sent.items()) or "nothing"
+    print(f"{name:>15}: {said}")
 
 # %% [markdown]
 # ## What to read next
