@@ -117,6 +117,11 @@ print(f"correlation over methods and tasks: {np.corrcoef(*pairs)[0, 1]:.2f}")
 draw_features()
 
 # %% [markdown]
+# The first claim is not confirmed by these six models: all methods but the average come
+# out within about a point of each other, and SFTM is not the first of them. The second
+# is: where a merge keeps a task's features, it keeps the task.
+
+# %% [markdown]
 # ## 2. Matching where the data lie (MaTS)
 #
 # *Matching Models in Task Parameter Subspaces*, TMLR 2024. Each model is to be matched

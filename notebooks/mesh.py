@@ -195,6 +195,13 @@ for name, program in programs.items():
     print(f"{name:>17}: {said}; {memory:,} of memory")
 
 # %% [markdown]
+# Sums and averages send nothing: what belongs together lies together. TIES needs the
+# size that a fifth of all changes exceed, and finds it by counting, two bits of the
+# floating-point number at a time; counts are all that devices tell each other. Sorting
+# moves the changes themselves. For singular values, parts of matrices have to move:
+# `tsv_merge` sends each part to the one device that needs it, while the plain SVD lets
+# every device gather all matrices, and needs eight times the memory.
+#
 # ## The same numbers
 #
 # Called outside of `jax.jit`, a merge of arrays on a mesh lies on the mesh as its
@@ -231,6 +238,10 @@ for name in ("task_arithmetic", "ties"):
     print(f"{name:>15}: {said}")
 
 # %% [markdown]
+# In each of 80 layers and each of three models, TIES finds the exact size that a fifth
+# of 235 million changes exceed. What its devices send each other for that is less than
+# a tenth of a megabyte.
+#
 # ## What to read next
 #
 # - [What merges cost](../docs/costs.md): `jaxmerge plan` says it of a recipe, before

@@ -28,8 +28,6 @@
 import functools
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.progress import Progress
 
@@ -41,7 +39,6 @@ from jaxmerge.tuning import grid
 with Progress(disable=True) as progress:
     demo = train(Path("jaxmerge-demo/trained"), seed=0, progress=progress)
 base, tasks, models = demo.start, list(demo.tuned), list(demo.tuned.values())
-one_model_each = demo.test_apart(models)
 
 # %% [markdown]
 # ## Lengths and angles
@@ -81,32 +78,22 @@ plots.sign_conflict(base, models)
 # We keep the `rank` strongest of every matrix (`tsv_merge` of a single model does just
 # that), and ask each model its own task.
 
+
 # %%
-ranks = (1, 4, 16)
-
-
-@jax.jit
-def own_task(truncated):
+def own_task(changed):
     """The mean accuracy of models, each on its own task."""
-    return jnp.stack(
-        [accuracies(m, demo.heads, demo.data.test)[i] for i, m in enumerate(truncated)]
-    ).mean()
+    return np.mean(demo.test_apart(changed))
 
 
-by_rank = [
-    own_task(
-        [
-            jaxmerge.tsv_merge(base, [m], rank=rank, others="task_arithmetic")
-            for m in models
-        ]
-    )
-    for rank in ranks
-]
-start = demo.test(base).mean()
-print(f"rank  0: {start:6.1%}   (the start)")
-for rank, accuracy in zip(ranks, by_rank, strict=True):
-    print(f"rank {rank:2}: {accuracy:6.1%}")
-print(f"rank 64: {np.mean(one_model_each):6.1%}   (full)")
+vectors_only = {".*kernel": 0.0, ".*": 1.0}
+print(f"start:   {demo.test(base).mean():6.1%}")
+nothing = [jaxmerge.task_arithmetic(base, [m], scale=vectors_only) for m in models]
+print(f"rank  0: {own_task(nothing):6.1%}   (biases, norms and embeddings alone)")
+for rank in (1, 4, 16):
+    options = {"rank": rank, "others": "task_arithmetic"}
+    truncated = [jaxmerge.tsv_merge(base, [m], **options) for m in models]
+    print(f"rank {rank:2}: {own_task(truncated):6.1%}")
+print(f"models:  {own_task(models):6.1%}")
 
 # %%
 merges = {
