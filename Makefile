@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV = .venv
 
-.PHONY: demo test lint
+.PHONY: demo test lint notebooks
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/ready
@@ -10,6 +10,13 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup
+
+# All of them, one after the other; the tests run the shortest.
+notebooks: $(VENV)/ready
+	for notebook in notebooks/*.py; do \
+		echo $$notebook; \
+		MPLBACKEND=agg $(VENV)/bin/python $$notebook > /dev/null || exit 1; \
+	done
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff format --check .
