@@ -9,7 +9,9 @@ import jaxmerge
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "extensions"))
 # The commands in how-to pages are those of the environment that builds the site.
-os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+os.environ["PATH"] = os.pathsep.join(
+    [str(Path(sys.executable).parent), os.environ["PATH"]]
+)
 
 project = "jaxmerge"
 copyright = "the authors of jaxmerge"

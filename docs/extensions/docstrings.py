@@ -2,8 +2,8 @@
 
 They are Google's, but formulas stand between dollars, which reStructuredText does not
 know; letters may follow code, and an asterisk may stand for any number of axes, neither
-of which it takes; and the first line of "Returns" may hold a colon, which napoleon takes
-for the end of a type.
+of which it takes; and the first line of "Returns" may hold a colon, which napoleon
+takes for the end of a type.
 """
 
 import re
