@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV = .venv
 
-.PHONY: demo test lint notebooks
+.PHONY: demo test lint docs notebooks
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/ready
@@ -22,6 +22,15 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+# Runs the cells of pages that have changed, and stops at the first error or warning.
+docs: $(VENV)/docs
+	$(VENV)/bin/sphinx-build --quiet --fail-on-warning --keep-going docs build/docs
+	@echo 'Open build/docs/index.html'
+
+$(VENV)/docs: $(VENV)/ready
+	$(VENV)/bin/pip install --quiet --editable '.[docs]'
+	touch $@
 
 $(VENV)/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; choose one with: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'

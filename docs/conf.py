@@ -1,0 +1,52 @@
+"""The documentation site: `make docs` builds it into build/docs."""
+
+import os
+import sys
+from pathlib import Path
+
+import jaxmerge
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "extensions"))
+# The commands in how-to pages are those of the environment that builds the site.
+os.environ["PATH"] = os.pathsep.join(
+    [str(Path(sys.executable).parent), os.environ["PATH"]]
+)
+
+project = "jaxmerge"
+copyright = "the authors of jaxmerge"
+release = jaxmerge.__version__
+html_title = f"jaxmerge {release}"
+html_theme = "furo"
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "docstrings",
+    "registry_pages",
+]
+exclude_patterns = ["conf.py", "extensions"]
+# Notebooks are Python files with comments between cells; there may be none yet.
+nb_custom_formats = {".py": ["jupytext.reads", {"fmt": "py:percent"}]}
+
+# Every code cell runs, again only when its page has changed, and must not fail.
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(HERE.parent / "build" / "docs-cells")
+nb_execution_in_temp = True
+nb_execution_raise_on_error = True
+nb_execution_timeout = 900
+nb_merge_streams = True
+
+myst_enable_extensions = ["amsmath", "attrs_inline", "colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+# What types there may be is said in words, next to what they mean.
+autodoc_typehints = "none"
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+default_role = "code"

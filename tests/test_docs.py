@@ -1,0 +1,92 @@
+"""The documentation leaves nothing out. `make docs` builds it and runs its cells."""
+
+import importlib
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from jaxmerge.registry import methods
+
+DOCS = Path(__file__).parents[1] / "docs"
+PUBLIC = [
+    "jaxmerge",
+    "jaxmerge.checkpoints",
+    "jaxmerge.compression",
+    "jaxmerge.evaluation",
+    "jaxmerge.plots",
+    "jaxmerge.statistics",
+    "jaxmerge.tuning",
+]
+# Plain values, and names for types that pages describe in words.
+WITHOUT_PAGE = {"MAX_SHARD_BYTES", "REPORT_NAME", "Progress"}
+
+
+def resolve(name):
+    """The object of a dotted name, whichever part of it is the module."""
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+@pytest.fixture(scope="module")
+def documented():
+    text = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.rst"))
+    names = re.findall(r"^\.\. auto\w+:: (\S+)$", text, re.MULTILINE)
+    assert len(names) == len(set(names)), "a name stands on two pages"
+    return [resolve(name) for name in names]
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_public_names_are_in_the_reference(module, documented):
+    public = importlib.import_module(module)
+    missing = [
+        name
+        for name in public.__all__
+        if name not in WITHOUT_PAGE
+        and not any(getattr(public, name) is thing for thing in documented)
+    ]
+    assert not missing, "add these to a page in docs/api"
+
+
+def test_registered_methods_have_a_section():
+    text = "\n".join(page.read_text() for page in (DOCS / "methods").glob("*.md"))
+    for name in methods():
+        section = f"(method-{name})=\n## `{name}`\n\n```{{method-facts}} {name}\n```\n"
+        assert text.count(section) == 1, f"docs/methods needs the section\n{section}"
+
+
+def test_pages_name_what_there_is():
+    pages = [*DOCS.glob("*.md"), *DOCS.glob("methods/*.md"), *DOCS.glob("howto/*.md")]
+    named = {
+        name
+        for page in pages
+        for name in re.findall(r"\{func\}`(jaxmerge[\w.]+)`", page.read_text())
+    }
+    assert len(named) > 20
+    for name in named:
+        assert callable(resolve(name)), name
+
+
+@pytest.fixture(scope="module")
+def to_rst():
+    path = DOCS / "extensions" / "docstrings.py"
+    spec = importlib.util.spec_from_file_location("docstrings", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.to_rst
+
+
+@pytest.mark.parametrize(
+    ("docstring", "rst"),
+    [
+        (r"With $\tau_t$, a", r"With :math:`\tau_t`, a"),
+        ("$a +\n    b$s", r":math:`a + b`\ s"),
+        ("`P`s of `$HOME`", r"`P`\ s of `$HOME`"),
+        ("of shape (*stack, m)", r"of shape (\*stack, m)"),
+        ("`(*stack, m)`, *selfish*", "`(*stack, m)`, *selfish*"),
+        ("Returns:\n    One: two.", ":returns:\n    One: two."),
+    ],
+)
+def test_docstrings_become_restructured_text(to_rst, docstring, rst):
+    assert to_rst(docstring) == rst
