@@ -65,7 +65,7 @@ def describe(settings, sizes, seeds, directory):
         f"Seeds of fine-tuning: {', '.join(map(str, range(seeds)))}; one start. "
         f"Width {settings.network.width}, {settings.network.blocks} blocks, pretrained "
         f"for {pretraining.steps} steps of {pretraining.batch} images, fine-tuned "
-        f"for {tuning.steps} steps of {tuning.batch} at a rate of {tuning.rate:g}, with "
+        f"for {tuning.steps} steps of {tuning.batch} at a rate of {tuning.rate:g}; "
         "frozen heads made from ten images of each class. "
         f"{sizes.test} test images and {sizes.validation} validation images per task; "
         'the latter chose the coefficients in the column "scale". Numbers are in per '

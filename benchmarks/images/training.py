@@ -18,6 +18,7 @@ from .data import Broad, Labelled
 from .model import Network, Params
 
 SHIFT = 3
+SAVE_EVERY = 100
 
 
 class Course(NamedTuple):
@@ -136,7 +137,8 @@ def descend(
 ) -> Any:
     """Minimises a loss with Adam; goes on from a state in `place`, if there is one."""
     steps, optimiser = course.steps, _optimiser(course)
-    state = (params, optimiser.init(params))
+    # A copy, as each step takes the memory of the state before it.
+    state = (jax.tree.map(jnp.copy, params), optimiser.init(params))
     done = 0
     if place.exists():
         done, state = _load_state(place, state)
@@ -147,7 +149,7 @@ def descend(
         batch = draw(np.random.default_rng((seed, step)))
         step_key = jax.random.fold_in(key, step)
         state, value = _advance(state, fixed, batch, step_key, loss, course)
-        if (step + 1) % 100 == 0 or step + 1 == steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             seconds = time.process_time() - before
             print(
                 f"  step {step + 1} of {steps}: loss {float(value):.3f}, "
