@@ -59,6 +59,10 @@ def measure_rows(place, trained):
     return rows
 
 
+def key_of(settings):
+    return hashlib.sha256(f"{settings}".encode()).hexdigest()[:8]
+
+
 def describe(settings, sizes, seeds, directory):
     pretraining, tuning = settings.pretraining, settings.tuning
     return (
@@ -89,13 +93,13 @@ def main():
     if args.quick:
         settings, sizes = QUICK, QUICK_SIZES
     # What was trained or measured otherwise must not be taken for this.
-    key = hashlib.sha256(f"{settings}{sizes}".encode()).hexdigest()[:8]
-    place = args.place / key
+    models = args.place / key_of(settings)
+    place = models / key_of(sizes)
     results = place / "results" if args.quick else RESULTS
     results.mkdir(parents=True, exist_ok=True)
 
     runs, deep, names = {}, [], []
-    for trained in experiment.prepare(args.data, place, settings, sizes, args.seeds):
+    for trained in experiment.prepare(args.data, models, settings, sizes, args.seeds):
         names = [task.name for task in trained.tasks]
         for count in (*(c for c in COUNTS if c < len(names)), len(names)):
             rows = measure_rows(place, trained.first(count))
@@ -110,11 +114,8 @@ def main():
                 for name, measure in DEEP.items()
             }
         )
-        print(
-            f"seed {trained.seed}: {time.process_time():.0f} s of processors since the "
-            "start of this process",
-            flush=True,
-        )
+        used = time.process_time()
+        print(f"seed {trained.seed} done after {used:.0f} s of processors", flush=True)
     note = describe(settings, sizes, args.seeds, args.data)
     tables = [
         pages.table_of(names[:count], of_count) for count, of_count in runs.items()

@@ -130,7 +130,7 @@ def measured(
     place: Path, name: str, measure: Callable[[], Mapping[str, Any]]
 ) -> dict[str, Any]:
     """What was measured, from `place` if it has been kept there."""
-    path = place / "measured" / f"{name}.json"
+    path = place / f"{name}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         found = measure()

@@ -166,7 +166,8 @@ def _linearity(deep: Sequence[Mapping[str, Any]]) -> str:
             "Nonlinearity (`jaxmerge.nonlinearity`, 0 for a linear function), the mean "
             "over tasks and seeds.",
             f"| part | nonlinearity |\n|---|---|\n{rows}",
-            f"{said[0].upper()}{said[1:]}. **{overall}**.",
+            f"{said[0].upper()}{said[1:]}. **{overall}** (three quarters or more, of "
+            "each kind).",
             "![](vision_linearity.png)",
         ]
     )
