@@ -39,8 +39,8 @@ class Encoder(nn.Module):
         grid = nn.Dense(self.width, name="stem_out")(patches(grid, 4, 2))
         tokens = grid.reshape(len(images), -1, self.width)
         shape = (1, *tokens.shape[1:])
-        position = self.param("position", nn.initializers.normal(0.02), shape)
-        tokens = tokens + position
+        normal = nn.initializers.normal(0.02)
+        tokens = tokens + self.param("position_embedding", normal, shape)
         for index in range(self.blocks):
             tokens = Block(self.heads, name=f"block_{index}")(tokens)
         return nn.LayerNorm(name="final_norm")(tokens).mean(axis=1)

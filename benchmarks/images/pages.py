@@ -59,7 +59,11 @@ def claims_page(
 ) -> str:
     """The page of all claims; `deep` has, by seed, what `claims` measured."""
     parts = ["# Claims of papers, measured again on merged vision transformers"]
-    parts += [_comparisons(judged), _preservation(runs), _matching(deep)]
+    parts += [
+        _comparisons(judged),
+        _preservation(runs),
+        _matching(deep, judged[0].resolution),
+    ]
     parts += [_linearity(deep), _masks(deep, table), note]
     return "\n\n".join(parts) + "\n"
 
@@ -124,13 +128,18 @@ def _preservation(runs: Runs) -> str:
     )
 
 
-def _matching(deep: Sequence[Mapping[str, Any]]) -> str:
+def _matching(deep: Sequence[Mapping[str, Any]], resolution: float) -> str:
     paths = {name: path_of(deep, name) for name in paths_of(deep)}
     rows = [
         f"| {name} | {' | '.join(f'{100 * x:.1f}' for x in path.mean(axis=0))} |"
         for name, path in paths.items()
     ]
-    by_seed = np.ptp([path[:, -1] for path in paths.values()], axis=0)
+    ends = [
+        np.ptp([path[:, -1] for name, path in paths.items() if name.startswith(m)], 0)
+        for m in ("gram", "kronecker")
+    ]
+    by_seed = np.mean(ends, axis=0)
+    said = verdict(by_seed, resolution)
     steps = " | ".join(f"{step} steps" for step in STEPS)
     return "\n\n".join(
         [
@@ -138,9 +147,10 @@ def _matching(deep: Sequence[Mapping[str, Any]]) -> str:
             "Mean test accuracy, %, the mean over seeds, by metric and start.",
             f"| metric, start | 0 steps | {steps} |\n|---|{'---|' * (1 + len(STEPS))}\n"
             + "\n".join(rows),
-            f"After {STEPS[-1]} steps, metrics and starts are "
+            f"After {STEPS[-1]} steps, the ends from different starts are "
             f"{', '.join(f'{100 * value:.1f}' for value in by_seed)} points apart, by "
-            "seed.",
+            f"seed, in the mean of both metrics; the standard error of an accuracy is "
+            f"{100 * resolution:.1f}. **{said}**.",
             "![](vision_matching.png)",
         ]
     )
