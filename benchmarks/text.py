@@ -46,15 +46,15 @@ def as_table(found):
 def main():
     args = parser().parse_args()
     settings = QUICK if args.quick else Settings()
-    train = prepare(args.data, settings)
+    setup = prepare(args.data, settings)
     runs = []
     for seed in range(args.seeds):
         place = directory_of(args.place, settings, seed)
-        experiment = train(place, seed)
+        experiment = setup.train(place, seed)
         runs.append(merges.results(experiment, place / "results.json"))
         if seed == 0:
             scores = merges.linearity(experiment, place / "linearity.json")
-    table = claims.result_table(list(experiment.tuned), runs)
+    table = claims.result_table([task.name for task in setup.tasks], runs)
     cpu = sum(row.seconds for rows in runs for row in rows.values())
     note = (
         f"{args.seeds} seed(s) of fine-tuning. {settings}. Of each task, the first "

@@ -1,9 +1,8 @@
 """The fine-tuned models of a seed, their heads and data: what merges start from."""
 
 import hashlib
-import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from text_encoder.tasks import (
     Apply,
     Batch,
     Inputs,
+    Sentences,
     Task,
     apply_with,
     batch,
@@ -79,98 +79,115 @@ QUICK = Settings(
 )
 
 
-class Experiment(NamedTuple):
-    """What is merged and compared.
+class Setup(NamedTuple):
+    """What all seeds have in common.
 
     Attributes:
         settings: as above.
-        seed: of fine-tuning and of random methods.
         embeddings: of tokens; frozen.
         start: the pretrained encoder.
-        tuned: the encoder fine-tuned on each task.
-        apply: the model with all heads.
         tasks: their sentences.
+        heads: of all tasks, (width, classes); frozen.
+        apply: the model with these heads.
         validation: by task, the batches that coefficients are chosen on.
         test: by task, those that are tested.
     """
 
     settings: Settings
-    seed: int
     embeddings: model.Params
     start: model.Params
-    tuned: dict[str, model.Params]
-    apply: Apply
     tasks: Sequence[Task]
+    heads: Array
+    apply: Apply
     validation: dict[str, list[Batch]]
     test: dict[str, list[Batch]]
 
-    @property
-    def models(self) -> list[model.Params]:
-        return list(self.tuned.values())
-
-    def train_batch(self, place: int, count: int) -> Batch:
+    def train_batch(self, number: int, count: int) -> Batch:
         """The first training sentences of a task; those behind heads are among them."""
-        sentences = self.tasks[place].train.first(count)
-        return batch(self.embeddings, self.tasks, place, sentences)
+        sentences = self.tasks[number].train.first(count)
+        return batch(self.embeddings, self.tasks, number, sentences)
 
     def validate(self, params: model.Params) -> np.ndarray:
         """The accuracy on each task's validation data, (tasks,)."""
-        return accuracies(self.apply, params, self.validation)
+        return self._accuracies(params, self.validation)
 
-    def accuracy_on(self, params: model.Params, place: int) -> float:
+    def validate_on(self, params: model.Params, number: int) -> float:
         """The accuracy on the validation data of one task."""
-        task = self.tasks[place].name
-        return accuracies(self.apply, params, {task: self.validation[task]}).item()
+        task = self.tasks[number].name
+        return self._accuracies(params, {task: self.validation[task]}).item()
 
     def test_apart(self, models: Sequence[model.Params]) -> np.ndarray:
         """The accuracy of each task's own model on its test data, (tasks,)."""
         pairs = zip(models, self.test.items(), strict=True)
         return np.concatenate(
-            [accuracies(self.apply, m, {task: data}) for m, (task, data) in pairs]
+            [self._accuracies(m, {task: data}) for m, (task, data) in pairs]
         )
 
+    def _accuracies(
+        self, params: model.Params, data: dict[str, list[Batch]]
+    ) -> np.ndarray:
+        found = jaxmerge.evaluate(self.apply, params, data, "accuracy")
+        return np.array([float(value) for value in found.values()])
 
-def accuracies(
-    apply: Apply, params: model.Params, data: dict[str, list[Batch]]
-) -> np.ndarray:
-    """The accuracy on each task, (tasks,)."""
-    found = jaxmerge.evaluate(apply, params, data, "accuracy")
-    return np.array([float(value) for value in found.values()])
+    def train(self, directory: Path, seed: int) -> "Experiment":
+        """Fine-tunes on every task, or takes what an earlier run left."""
+        tuned = {}
+        for number, task in enumerate(self.tasks):
+            place = directory / task.name
+            if not place.exists():
+                begun = time.process_time()
+                checkpoints.save(place, fine_tune(self, number, seed))
+                seconds = time.process_time() - begun
+                print(f"fine-tuned on {task.name}: {seconds:.0f} CPU s", flush=True)
+            tuned[task.name] = jax.tree.map(jnp.asarray, checkpoints.load(place))
+        return Experiment(self, seed, tuned)
 
 
-def prepare(data: Path, settings: Settings) -> Callable[[Path, int], Experiment]:
-    """Reads the data; returns what trains the models of a seed in a directory."""
-    tasks = read(data)[: settings.tasks]
-    embeddings, start = model.load()
+class Experiment(NamedTuple):
+    """What is merged and compared.
+
+    Attributes:
+        setup: as above.
+        seed: of fine-tuning and of random methods.
+        tuned: the encoder fine-tuned on each task.
+    """
+
+    setup: Setup
+    seed: int
+    tuned: dict[str, model.Params]
+
+    @property
+    def models(self) -> list[model.Params]:
+        return list(self.tuned.values())
+
+
+def prepare(data: Path, settings: Settings) -> Setup:
+    """The pretrained encoder and the tasks in `data/text`."""
+    return assemble(*model.load(), read(data)[: settings.tasks], settings)
+
+
+def assemble(
+    embeddings: model.Params,
+    start: model.Params,
+    tasks: Sequence[Task],
+    settings: Settings,
+) -> Setup:
+    """Makes heads, and batches of what is evaluated."""
     heads = make_heads(embeddings, start, tasks, settings.head_examples)
     apply = apply_with(heads, task_of_class(tasks))
 
     def cut(split: str, count: int) -> dict[str, list[Batch]]:
         return {
             task.name: batches(
-                batch(embeddings, tasks, place, getattr(task, split).first(count)),
+                batch(embeddings, tasks, number, getattr(task, split).first(count)),
                 EVALUATED,
             )
-            for place, task in enumerate(tasks)
+            for number, task in enumerate(tasks)
         }
 
-    validation, test = (
-        cut("validation", settings.validation),
-        cut("test", settings.test),
-    )
-
-    def train(place: Path, seed: int) -> Experiment:
-        tuned = {
-            task.name: _tuned(
-                place / task.name, apply, embeddings, start, tasks, i, seed, settings
-            )
-            for i, task in enumerate(tasks)
-        }
-        return Experiment(
-            settings, seed, embeddings, start, tuned, apply, tasks, validation, test
-        )
-
-    return train
+    validation = cut("validation", settings.validation)
+    test = cut("test", settings.test)
+    return Setup(settings, embeddings, start, tasks, heads, apply, validation, test)
 
 
 def directory_of(place: Path, settings: Settings, seed: int) -> Path:
@@ -179,46 +196,18 @@ def directory_of(place: Path, settings: Settings, seed: int) -> Path:
     return place / f"seed{seed}-{known}"
 
 
-def _tuned(
-    place: Path,
-    apply: Apply,
-    embeddings: model.Params,
-    start: model.Params,
-    tasks: Sequence[Task],
-    number: int,
-    seed: int,
-    settings: Settings,
-) -> model.Params:
-    """The encoder fine-tuned on a task, or what an earlier run left."""
-    if not place.exists():
-        begun = time.process_time()
-        tuned = fine_tune(apply, embeddings, start, tasks, number, seed, settings)
-        checkpoints.save(place, tuned)
-        seconds = time.process_time() - begun
-        print(f"fine-tuned on {tasks[number].name}: {seconds:.0f} CPU s", flush=True)
-        (place / "seconds.json").write_text(json.dumps(seconds))
-    return jax.tree.map(jnp.asarray, checkpoints.load(place))
-
-
-def fine_tune(
-    apply: Apply,
-    embeddings: model.Params,
-    start: model.Params,
-    tasks: Sequence[Task],
-    number: int,
-    seed: int,
-    settings: Settings,
-) -> model.Params:
+def fine_tune(setup: Setup, number: int, seed: int) -> model.Params:
     """Fine-tunes the encoder on one task; embeddings and heads stay as they are."""
-    train, optimiser = tasks[number].train, _optimiser(settings.rate, settings.steps)
-    params, memory = start, optimiser.init(start)
+    settings, train = setup.settings, setup.tasks[number].train
+    optimiser = _optimiser(settings.rate, settings.steps)
+    params, memory = setup.start, optimiser.init(setup.start)
     draw = np.random.default_rng([seed, number])
     for _ in range(settings.steps):
         chosen = draw.choice(len(train.labels), settings.batch, replace=False)
-        sentences = type(train)(train.ids[chosen], train.labels[chosen])
-        inputs, labels = batch(embeddings, tasks, number, sentences)
+        sentences = Sentences(train.ids[chosen], train.labels[chosen])
+        inputs, labels = batch(setup.embeddings, setup.tasks, number, sentences)
         params, memory = _step(
-            params, memory, inputs, labels, apply=apply, optimiser=optimiser
+            params, memory, inputs, labels, apply=setup.apply, optimiser=optimiser
         )
     return params
 

@@ -100,9 +100,9 @@ def _result(experiment: Experiment, job: Job) -> Result:
     merged = job.merge()
     if job.scaled:
         scale = best_scale(experiment, merged)
-        merged = along(experiment.start, merged, scale)
+        merged = along(experiment.setup.start, merged, scale)
     each = merged if isinstance(merged, list) else [merged] * len(experiment.tuned)
-    test, kept = experiment.test_apart(each), preserved(experiment, each)
+    test, kept = experiment.setup.test_apart(each), preserved(experiment, each)
     seconds = time.process_time() - begun
     return Result(test.tolist(), kept, job.data, scale, seconds)
 
@@ -115,9 +115,9 @@ def along(start: model.Params, merged: model.Params, scale: Any) -> model.Params
 
 def best_scale(experiment: Experiment, merged: Any) -> float:
     """The scale with the best mean accuracy on validation data, of those to try."""
-    scales = experiment.settings.scales
+    scales = experiment.setup.settings.scales
     scores = [
-        experiment.validate(along(experiment.start, merged, scale)).mean()
+        experiment.setup.validate(along(experiment.setup.start, merged, scale)).mean()
         for scale in scales
     ]
     return scales[int(np.argmax(scores))]
@@ -135,7 +135,7 @@ def preserved(experiment: Experiment, models: list[model.Params]) -> list[float]
         pair = inputs, _features(own, inputs)
         return float(jaxmerge.evaluate(features, params, pair, cosine))
 
-    data = experiment.validation.values()
+    data = experiment.setup.validation.values()
     three = zip(experiment.models, models, data, strict=True)
     return [of_task(own, params, pairs[0][0]) for own, params, pairs in three]
 
@@ -150,9 +150,9 @@ def cosine(outputs: Array, targets: Array) -> Array:
 
 def jobs(experiment: Experiment) -> dict[str, Job]:
     """All rows by name; nothing is computed before a job's `merge` is called."""
-    start, models = experiment.start, experiment.models
+    start, models = experiment.setup.start, experiment.models
     names = list(experiment.tuned)
-    unlabelled = f"{experiment.settings.unlabelled} inputs"
+    unlabelled = f"{experiment.setup.settings.unlabelled} inputs"
     known = functools.cache(lambda: statistics(experiment))
     thresholds = functools.cache(lambda kind: _thresholds(experiment, kind))
 
@@ -165,7 +165,7 @@ def jobs(experiment: Experiment) -> dict[str, Job]:
         options = {"multi_task": kind, "scope": "model", "threshold": thresholds(kind)}
         return jaxmerge.consensus(start, models, **options)
 
-    options = {"wudi": {"steps": experiment.settings.wudi}}
+    options = {"wudi": {"steps": experiment.setup.settings.wudi}}
     found = {"start": Job(lambda: start), "individual": Job(lambda: models)}
     for name, method in methods().items():
         if can_merge(method, len(models)) and name != "consensus":
@@ -184,7 +184,7 @@ def jobs(experiment: Experiment) -> dict[str, Job]:
         **{
             f"submodule_merge, {title}": Job(
                 functools.partial(_submodules, experiment, patterns),
-                f"{experiment.settings.samples} inputs",
+                f"{experiment.setup.settings.samples} inputs",
             )
             for title, patterns in {"layers": LAYERS, "parts": PARTS}.items()
         },
@@ -204,9 +204,14 @@ def statistics(experiment: Experiment) -> list[Statistics]:
     """Second moments and Fisher information of each task's model on its sentences."""
     return [
         jaxmerge.collect(
-            experiment.apply,
+            experiment.setup.apply,
             params,
-            batches(experiment.train_batch(i, experiment.settings.unlabelled)[0], 16),
+            batches(
+                experiment.setup.train_batch(i, experiment.setup.settings.unlabelled)[
+                    0
+                ],
+                16,
+            ),
             what=("gram", "output_gradient", "fisher"),
             labels="sample",
             key=experiment.seed,
@@ -218,14 +223,17 @@ def statistics(experiment: Experiment) -> list[Statistics]:
 
 def _samples(experiment: Experiment, count: int) -> list[Inputs]:
     places = range(len(experiment.tuned))
-    return [experiment.train_batch(i, count)[0] for i in places]
+    return [experiment.setup.train_batch(i, count)[0] for i in places]
 
 
 def _layer_by_layer(experiment: Experiment) -> Merged:
     return jaxmerge.regmean_plus_plus(
         features,
         experiment.models,
-        [batches(x, 64) for x in _samples(experiment, experiment.settings.unlabelled)],
+        [
+            batches(x, 64)
+            for x in _samples(experiment, experiment.setup.settings.unlabelled)
+        ],
         layers=[f"layer/{i}/.*" for i in range(model.LAYERS)],
         mask=lambda inputs: inputs.mask,
     )
@@ -234,9 +242,9 @@ def _layer_by_layer(experiment: Experiment) -> Merged:
 def _submodules(experiment: Experiment, patterns: str) -> Merged:
     return jaxmerge.submodule_merge(
         features,
-        experiment.start,
+        experiment.setup.start,
         experiment.models,
-        _samples(experiment, experiment.settings.samples),
+        _samples(experiment, experiment.setup.settings.samples),
         submodules=patterns,
         mask=lambda inputs: inputs.mask,
     )
@@ -245,15 +253,15 @@ def _submodules(experiment: Experiment, patterns: str) -> Merged:
 def _adapted(experiment: Experiment, granularity: Any) -> Merged:
     inputs = {
         task: [part for pair in pairs for part in batches(pair[0], 16)]
-        for task, pairs in experiment.validation.items()
+        for task, pairs in experiment.setup.validation.items()
     }
     return jaxmerge.adamerging(
-        experiment.apply,
-        experiment.start,
+        experiment.setup.apply,
+        experiment.setup.start,
         experiment.models,
         inputs,
         granularity=granularity,
-        steps=experiment.settings.adapting,
+        steps=experiment.setup.settings.adapting,
         learning_rate=0.02,
     ).params
 
@@ -261,25 +269,25 @@ def _adapted(experiment: Experiment, granularity: Any) -> Merged:
 def _thresholds(experiment: Experiment, kind: Any) -> list[float]:
     """The thresholds of TALL-masks that are best on each task's validation data."""
     return choose_thresholds(
-        experiment.start,
+        experiment.setup.start,
         experiment.models,
-        experiment.accuracy_on,
+        experiment.setup.validate_on,
         multi_task=kind,
         scope="model",
     ).values
 
 
 def _masked(experiment: Experiment, thresholds: list[float]) -> list[model.Params]:
-    start, models = experiment.start, experiment.models
+    start, models = experiment.setup.start, experiment.models
     merged = jaxmerge.task_arithmetic(start, models)
     masks = jaxmerge.tall_masks(start, models, threshold=thresholds)
     return [jaxmerge.apply_mask(start, merged, mask) for mask in masks]
 
 
 def _unified(experiment: Experiment) -> list[model.Params]:
-    unified = jaxmerge.emr(experiment.start, experiment.models)
+    unified = jaxmerge.emr(experiment.setup.start, experiment.models)
     places = range(len(experiment.models))
-    return [unified.params(experiment.start, place) for place in places]
+    return [unified.params(experiment.setup.start, place) for place in places]
 
 
 def linearity(experiment: Experiment, file: Path) -> dict[str, float]:
@@ -289,12 +297,12 @@ def linearity(experiment: Experiment, file: Path) -> dict[str, float]:
     """
     if not file.exists():
         found: dict[str, list[float]] = {}
-        samples = _samples(experiment, experiment.settings.samples)
+        samples = _samples(experiment, experiment.setup.settings.samples)
         for params, own in zip(experiment.models, samples, strict=True):
             for patterns in (LAYERS, PARTS):
                 scores = jaxmerge.nonlinearity(
                     features,
-                    experiment.start,
+                    experiment.setup.start,
                     params,
                     own,
                     submodules=patterns,
