@@ -1,0 +1,1 @@
+"""The parts of `benchmarks/text.py`: a pretrained encoder, its tasks, their merges."""
