@@ -166,7 +166,7 @@ plots.sweep_curves([s["scale"] for s in scales], courses, score="mean accuracy, 
 # %%
 rows = {name: measure(model) for name, model in {"start": base, **merged}.items()}
 table = jaxmerge.ResultTable(list(views), individual, rows, references=["start"])
-plots.radar(table)
+plots.heat_map(table)
 
 # %%
 print(table.markdown(marks=False))

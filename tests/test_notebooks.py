@@ -4,7 +4,6 @@
 """
 
 import ast
-import importlib
 import os
 import re
 import subprocess
@@ -36,7 +35,7 @@ def test_becomes_a_notebook_with_a_title_code_and_what_to_read_next(path):
     assert notebook.metadata.kernelspec.name == "python3"
     assert first.cell_type == last.cell_type == "markdown"
     assert first.source.startswith("# ")
-    assert last.source.startswith("## What to read next")
+    assert "## What to read next" in last.source
     code = [cell.source for cell in middle if cell.cell_type == "code"]
     assert len(code) > 4
     for source in code:
@@ -45,14 +44,14 @@ def test_becomes_a_notebook_with_a_title_code_and_what_to_read_next(path):
 
 @every_notebook
 def test_names_and_links_exist(path):
-    text = path.read_text()
-    for node in ast.walk(ast.parse(text)):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module.startswith("jaxmerge"):
-            home = importlib.import_module(node.module)
-            for name in node.names:
-                assert hasattr(home, name.name)
+            exec(compile(ast.Module([node], []), str(path), "exec"))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             assert node.attr in NAMES.get(node.value.id, [node.attr])
+    cells = jupytext.read(path).cells
+    text = "".join(cell.source for cell in cells if cell.cell_type == "markdown")
     for link in re.findall(r"\]\(([^)#]+)", text):
         assert link.startswith("https://") or (HERE / link).exists()
 
