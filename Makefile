@@ -23,9 +23,9 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
-# Runs the cells of pages that have changed, and stops at the first error or warning.
+# Runs the cells of pages that have changed; errors and warnings are failures.
 docs: $(VENV)/docs
-	$(VENV)/bin/sphinx-build --quiet --fail-on-warning --keep-going docs build/docs
+	$(VENV)/bin/sphinx-build --quiet --fail-on-warning --keep-going $(SPHINXOPTS) docs build/docs
 	@echo 'Open build/docs/index.html'
 
 $(VENV)/docs: $(VENV)/ready
