@@ -59,7 +59,7 @@ def test_heads_never_choose_classes_that_the_task_has_not(task):
 
 
 def test_no_data_is_told_with_what_is_expected(tmp_path):
-    with pytest.raises(SystemExit, match=r"no images in .*x_train.*--data") as raised:
+    with pytest.raises(SystemExit, match=r"(?s)no images .*x_train.*--data") as raised:
         data.load_tasks(tmp_path)
     assert "Kannada-MNIST" in str(raised.value)
 

@@ -68,7 +68,7 @@ def _draw_comparisons(judged: Sequence[Judged]) -> Any:
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlabel("difference of mean test accuracies, points (bar: standard error)")
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    _key(figure)
     return figure
 
 
@@ -86,7 +86,7 @@ def _draw_preservation(runs: Runs) -> Any:
     axes.set_xscale("log")
     axes.set_xlabel("missed of the change of features (0: all preserved, 1: start)")
     axes.set_ylabel("accuracy, % of individual models (mean of tasks)")
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    _key(figure)
     return figure
 
 
@@ -105,7 +105,7 @@ def _draw_matching(deep: Sequence[Mapping[str, Any]]) -> Any:
     axes.set_xticks([0, *STEPS], [str(step) for step in (0, *STEPS)])
     axes.set_xlabel("steps of conjugate gradients")
     axes.set_ylabel("mean test accuracy, %")
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    _key(figure)
     return figure
 
 
@@ -121,7 +121,7 @@ def _draw_linearity(deep: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> 
         axes.bar(places, means, width, color=COLOURS[i], label=kind)
     axes.set_xticks(range(len(tasks)), tasks)
     axes.set_ylabel("nonlinearity")
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    _key(figure)
     return figure
 
 
@@ -135,3 +135,9 @@ def _draw_masks(deep: Sequence[Mapping[str, Any]], table: ResultTable) -> Any:
     nbytes["TALL-masks"] = deep[0]["masks"]["bytes"]
     nbytes["individual"] = len(table.tasks) * start
     return accuracy_against_bytes(rows, nbytes)
+
+
+def _key(figure: Any) -> None:
+    """What colours mean, above the axes, where it hides nothing."""
+    style = {"frameon": False, "fontsize": 8, "labelcolor": INK}
+    figure.legend(loc="outside upper center", ncols=3, **style)
