@@ -164,7 +164,8 @@ def test_rank_correlation():
 def test_every_claim_has_a_figure():
     names = [
         *("start", "average", "task_arithmetic", "ties", "pcb", "sftm", "regmean"),
-        *("fisher_average", "mats, gram, 1 step", "mats, fisher, 10 steps"),
+        *("fisher_average", "mats", "mats, kronecker, 10 steps"),
+        "mats, fisher, 10 steps",
         *("submodule_merge, layers", "consensus of task_arithmetic", "tall_masks"),
         *("consensus of ties", "adamerging, layer", "individual"),
     ]
