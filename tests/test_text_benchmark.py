@@ -51,6 +51,12 @@ def test_the_encoder_is_the_pretrained_one():
     np.testing.assert_allclose(found[:, :6], expected, atol=2e-6)
 
 
+def test_no_script_hides_a_module_of_python():
+    """The folder of a script comes first where it looks for modules."""
+    scripts = {path.stem for path in BENCHMARKS.glob("*.py")}
+    assert not scripts & sys.stdlib_module_names
+
+
 def test_sentences_are_cut_and_filled_up():
     ids = tasks.pad([[101, 7, 102], [101, 1, 2, 3, 4, 102]], 4)
     assert ids.tolist() == [[101, 7, 102, 0], [101, 1, 2, 102]]

@@ -1,6 +1,6 @@
 """What does it cost to collect statistics, against running the model?
 
-    python benchmarks/statistics.py [time] [memory] [--widths 128 256 512] ...
+    python benchmarks/collecting.py [time] [memory] [--widths 128 256 512] ...
 
 `time`: `collect` on a transformer, in multiples of its forward passes, and of its
 forward and backward passes, on the same batches. All sides run in turn in one process,
