@@ -8,8 +8,8 @@ import jaxmerge
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "extensions"))
-# The commands in how-to pages are those of the environment that builds the site. Kernels
-# pass for terminals, on which progress would be drawn line by line.
+# The commands in how-to pages are those of the environment that builds the site.
+# Kernels pass for terminals, on which progress would be drawn line by line.
 bin_directory = str(Path(sys.executable).parent)
 os.environ["PATH"] = os.pathsep.join([bin_directory, os.environ["PATH"]])
 os.environ |= {"TTY_COMPATIBLE": "0", "COLUMNS": "100"}
