@@ -91,15 +91,15 @@ def test_memory_bounds_how_many_run_together(optimised):
     rows = jnp.linspace(0, 1, 23)[:, None]
     want = [float(function(row)) for row in rows]
     matrix = 4 * 64 * 64
-    for memory in (1, 20 * matrix, 10**9):
+    for memory in (1, 80 * matrix, 10**9):
         batched = batch(function, 1, memory)
         np.testing.assert_allclose(batched.run(rows), want, rtol=1e-4)
         used = footprint(batched.run.func, *batched.run.args, rows).temporary
         if memory == 1:
             assert batched.together == 1
             assert used < 4 * matrix
-        elif memory == 20 * matrix:
-            assert 5 <= batched.together <= 20
+        elif memory == 80 * matrix:
+            assert 5 <= batched.together <= 80
             assert 5 * matrix < used <= memory
         else:
             assert batched.together > 23
