@@ -172,6 +172,11 @@ plots.heat_map(table)
 print(table.markdown(marks=False))
 
 # %% [markdown]
+# One network reads all four views with about nine tenths of the accuracy of four
+# specialists, and it took no training to get there. TIES, which trims task vectors and
+# lets them vote on signs, needs a larger coefficient than the plain sum, and gains most
+# where the average is worst.
+#
 # ## From checkpoints to a checkpoint
 #
 # The same from files, as one does with models that do not fit into memory: a recipe,

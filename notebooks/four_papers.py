@@ -120,8 +120,7 @@ draw_features()
 # The first claim is not confirmed by these six models: all methods but the average come
 # out within about a point of each other, and SFTM is not the first of them. The second
 # is: where a merge keeps a task's features, it keeps the task.
-
-# %% [markdown]
+#
 # ## 2. Matching where the data lie (MaTS)
 #
 # *Matching Models in Task Parameter Subspaces*, TMLR 2024. Each model is to be matched
@@ -137,11 +136,10 @@ closed = {
     "fisher_average": jaxmerge.fisher_average(models, known),
     "regmean": jaxmerge.regmean(models, known),
 }
-steps = (1, 3, 10, 30, 100)
+steps = (1, 3, 10, 30)
 starts = {
     "average": by_models["average"],
     "task_arithmetic": by_models["task_arithmetic"],
-    "regmean": closed["regmean"],
 }
 paths = {
     f"from {name}": [
@@ -156,7 +154,8 @@ by_steps = {
     name: [100 * demo.test(params).mean() for params in [starts[name[5:]], *path]]
     for name, path in paths.items()
 }
-by_steps |= {n: [100 * demo.test(p).mean()] * 6 for n, p in closed.items()}
+for name, params in closed.items():
+    print(f"{name}: {demo.test(params).mean():.1%}")
 
 
 def draw_steps():
@@ -172,6 +171,10 @@ def draw_steps():
 draw_steps()
 
 # %% [markdown]
+# Three steps pass both closed forms, thirty end several points above: the first claim
+# is confirmed. So is the second, for the first ten steps: who starts at task arithmetic
+# is ahead, and the other catches up.
+#
 # ## 3. Linear submodules (SLTA)
 #
 # *Leveraging Submodule Linearity Enhances Task Arithmetic Performance in LLMs*, ICLR
@@ -191,7 +194,7 @@ def apply(params, images):
 patterns = [r"block_\d/attention", r"block_\d/mlp_(in|out)"]
 images = [jnp.asarray(x[: merges.SAMPLES]) for x in demo.data.train.images]
 crooked = [
-    jaxmerge.nonlinearity(apply, base, model, x, submodules=patterns)
+    jaxmerge.nonlinearity(apply, base, model, x, submodules=patterns, points=7)
     for model, x in zip(models, images, strict=True)
 ]
 for path in crooked[0]:
@@ -211,6 +214,13 @@ print(table(slta).markdown(marks=False))
 plots.coefficients_per_layer(coefficients, tasks)
 
 # %% [markdown]
+# Dense layers *are* linear, up to rounding, and attention is straighter than the whole
+# model by two orders of magnitude: the first claim is confirmed. The second only in
+# part. Without a single label, the coefficients beat the average, which is one global
+# coefficient of a sixth; they do not beat the best global one, which was chosen by
+# labelled images. They do tell that the end of the model wants more of `turned` and
+# `negative`.
+#
 # ## 4. One task in the sum of all (TALL-masks and Consensus)
 #
 # *Localizing Task Information for Improved Model Merging and Compression*, ICML 2024.
@@ -245,6 +255,12 @@ print("bits per parameter:", ", ".join(f"{n} for {what}" for what, n in bits.ite
 plots.mask_overlap(masks["task_arithmetic"], base=base, models=models)
 
 # %% [markdown]
+# Masks of TIES keep 99 %, those of the plain sum a little less, and both come from a
+# vector that alone would be a poor model. Consensus improves both vectors by about a
+# point: confirmed. (TIES ranks the whole model here, as in the paper; in section 1 it
+# ranks each leaf, which these models like better.) About a third of all parameters
+# serve one task only, very few serve none.
+#
 # ## What to read next
 #
 # - The papers: [SFTM](https://arxiv.org/abs/2502.10698),
