@@ -98,8 +98,8 @@ print(f"models:  {own_task(models):6.1%}")
 
 # %% [markdown]
 # One direction of every matrix closes half of the way from the start to the models,
-# sixteen close all of it. What adding up the task vectors does to these directions, and
-# what methods on subspaces make of it:
+# sixteen nearly all of it. What adding up the task vectors does to these directions,
+# and what methods on subspaces make of it:
 
 # %%
 merges = {
@@ -110,8 +110,8 @@ merges = {
 plots.singular_spectra(base, models, merges, only=r"block_\d/mlp.*")
 
 # %% [markdown]
-# The sum piles up in the strongest directions, which the tasks share. `tsv_merge` turns
-# them apart before it adds them, and `iso_c` makes all of them equally strong.
+# The sum piles up in its strongest directions. `tsv_merge` turns them apart before it
+# adds them, and `iso_c` makes all of them equally strong.
 #
 # ## Thinning
 #
