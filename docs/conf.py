@@ -27,6 +27,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "docstrings",
+    "notebook_links",
     "registry_pages",
 ]
 exclude_patterns = ["conf.py", "extensions"]

@@ -68,13 +68,12 @@ def test_pages_name_what_there_is():
         assert callable(resolve(name)), name
 
 
-@pytest.fixture(scope="module")
-def to_rst():
-    path = DOCS / "extensions" / "docstrings.py"
-    spec = importlib.util.spec_from_file_location("docstrings", path)
+def extension(name):
+    """A module of the site, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"extensions/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.to_rst
+    return module
 
 
 @pytest.mark.parametrize(
@@ -88,5 +87,14 @@ def to_rst():
         ("Returns:\n    One: two.", ":returns:\n    One: two."),
     ],
 )
-def test_docstrings_become_restructured_text(to_rst, docstring, rst):
-    assert to_rst(docstring) == rst
+def test_docstrings_become_restructured_text(docstring, rst):
+    assert extension("docstrings").to_rst(docstring) == rst
+
+
+def test_notebooks_lead_to_pages_of_the_site():
+    source = (
+        "# See [the\n# mesh](mesh.py), [all](../README.md) and [JAX](https://jax.dev)."
+    )
+    assert extension("notebook_links").on_site(source) == (
+        "# See {doc}`the\n# mesh </notebooks/mesh>`, all and [JAX](https://jax.dev)."
+    )
