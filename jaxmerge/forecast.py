@@ -358,13 +358,10 @@ def _memory(
     for i, group in enumerate(of_leaves):
         cost = group.cost
         before = of_leaves[max(0, i - WORKERS + 1) : i]
-        if devices == 1:
-            late = sum(each.working for each in before)
-        else:
-            # While a leaf is computed, those before it may still wait to be written,
-            # and those that are computed with it to be taken.
-            late = sum(each.cost.held for each in before)
-            late += (group.together - 1) * cost.held
+        # While a leaf is computed, those before it may still wait to be written, and
+        # on a mesh those that are computed with it to be taken.
+        late = sum(each.cost.held for each in before)
+        late += (group.together - 1) * cost.held
         host = max(host, group.working + late / devices)
         # Inputs of matrices are there twice: as they are sharded, and whole.
         cut = group.together * cost.inputs / devices if group.together > 1 else 0

@@ -1,8 +1,9 @@
 """From checkpoints to a checkpoint in bounded memory: read, compute, write at once.
 
 Leaves are worked on by a few threads. Each checks the inputs of its leaf, which brings
-them from disk, computes, and writes. So there is something to do for all cores, also
-while one thread waits for a disk or JAX computes what only one core can do.
+them from disk, waits for its turn to compute, and then writes while the next one
+computes. There is one computation at a time: on CPUs several, each of which waits for
+threads of the one pool that they share, can wait for each other for ever.
 """
 
 import contextlib
@@ -22,13 +23,13 @@ from jaxmerge.sharding import of
 from jaxmerge.slicing import Reader
 
 WORKERS = 3
-"""Threads: while one reads and one writes, one computes."""
+"""Threads: one computes, one reads, one writes."""
 
 _AT_ONCE = 128_000_000
 
 _BLOCK = 1 << 18  # Entries that are looked at together: small enough for the cache.
 _BLOCK_BYTES = 1 << 24  # What is read at a time of leaves that are copied or checked.
-_on_mesh = threading.Lock()
+_computing = threading.Lock()
 
 
 class StoredLeaf(LazyLeaf):
@@ -114,10 +115,8 @@ def computed(leaf: Any, wide: bool) -> Iterator[tuple[Index, np.ndarray]]:
         processes, one has it.
     """
     parts, sharded = slices(leaf), of(leaf) is not None
-    # Devices that wait for each other must all compute in the same order.
-    turn = _on_mesh if sharded else contextlib.nullcontext()
     while True:
-        with turn, precision(wide):
+        with _computing, precision(wide):
             part = next(parts, None)
             if part is None:
                 return
