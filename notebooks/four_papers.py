@@ -165,6 +165,7 @@ def draw_steps():
     )
     figure.axes[0].set_xscale("log")
     figure.axes[0].set_xticks((1 / 3, *steps), (0, *steps))
+    figure.axes[0].minorticks_off()
     return figure
 
 

@@ -24,8 +24,9 @@ import os
 import re
 from functools import partial
 
-# Simulated devices that wait for each other must not use up all threads.
-os.environ["NPROC"] = "32"
+# Simulated devices that wait for each other must not use up all threads, and those of
+# LAPACK must not wait for each other.
+os.environ |= {"NPROC": "32", "OPENBLAS_NUM_THREADS": "1"}
 
 import jax
 
