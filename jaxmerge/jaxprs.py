@@ -123,11 +123,10 @@ def text_of(closed: Any) -> str | None:
     """What a jaxpr computes, if its text says all: None if it closes over arrays."""
     eqns = [eqn for outer in closed.jaxpr.eqns for eqn in (outer, *inside(outer))]
     held = [body_of(x) for eqn in eqns for x in jax.tree.leaves(eqn.params)]
-    return (
-        None
-        if any(map(len, (closed.consts, *(b.consts for b in held))))
-        else str(closed)
+    closes_over = any(
+        len(consts) for consts in (closed.consts, *(b.consts for b in held))
     )
+    return None if closes_over else str(closed)
 
 
 def is_literal(atom: Atom) -> bool:

@@ -238,10 +238,7 @@ def _settle_near_sample(
     least, most = jax.vmap(lambda rank: search(sample, rank, width=width))(counts)
     most = jnp.where(ranks[1] < 1, (1 << width) - 1, most)
     least = jnp.where(ranks[0] > number, 0, least)
-    seen = [_counts([b >= least, b > most], sums_together) for b in bits]
-    reached, beyond = (
-        functools.reduce(operator.add, totals) for totals in zip(*seen, strict=True)
-    )
+    reached, beyond = _counts_from(bits, [least, most + 1], sums_together)
     inside = (reached >= k) & ~(beyond >= k)
     least = jnp.where(inside, least, 0)
     open_bits = 32 - jax.lax.clz((most - least).astype(jnp.uint32)).astype(jnp.int32)
@@ -277,13 +274,22 @@ def settle_digits(
         digits = [jnp.asarray(d, dtype) << shift for d in range(1, 2**digit_bits)]
         found &= ~digits[-1]
         bounds = [least + (found | digit) for digit in digits]
-        seen = [_counts([b >= bound for bound in bounds], sums) for b in bits]
-        totals = [functools.reduce(operator.add, t) for t in zip(*seen, strict=True)]
+        totals = _counts_from(bits, bounds, sums)
         reached = sum((total >= k).astype(dtype) for total in totals)
         return found | (reached << shift)
 
     digits = -(-width // digit_bits)
     return least + jax.lax.fori_loop(0, digits, settle_digit, jnp.zeros((), dtype))
+
+
+def _counts_from(
+    bits: Sequence[Array], bounds: Sequence[Array], sums: Sums
+) -> list[Count]:
+    """How many entries of all arrays are at or above each bound."""
+    seen = [_counts([b >= bound for bound in bounds], sums) for b in bits]
+    return [
+        functools.reduce(operator.add, totals) for totals in zip(*seen, strict=True)
+    ]
 
 
 def entries(density: float, size: int, *, rounding: str = "floor") -> int:

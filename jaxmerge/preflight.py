@@ -1,7 +1,6 @@
 """All that would stop a merge, at once: what a merge itself says error by error."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import jax
 from jax.sharding import AbstractMesh
 
 from jaxmerge.checkpoints import CheckpointError, open_checkpoint
+from jaxmerge.checkpoints.files import lack_of_space
 from jaxmerge.mergekit import MergekitRecipe
 from jaxmerge.merging import resolve
 from jaxmerge.parts import PartMerge, Rules, is_wide
@@ -57,7 +57,8 @@ def checked(
     if plan is None:
         raise MergeError("\n".join(errors))
     if out is not None:
-        errors += _space_errors(plan, Path(out).absolute())
+        needed = sum(info.nbytes for info in plan.written.values())
+        errors += filter(None, [lack_of_space(Path(out).absolute(), needed)])
     merges = []
     for part in plan.parts:
         try:
@@ -138,14 +139,3 @@ def _option_errors(part: Part) -> Iterator[str]:
                 jax.eval_shape(call, base, models)
         except ValueError as error:
             yield f"{part.recipe.source}: {error}"
-
-
-def _space_errors(plan: Plan, out: Path) -> Iterator[str]:
-    needed = sum(info.nbytes for info in plan.written.values())
-    place = next(parent for parent in out.parents if parent.exists())
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        yield (
-            f"{out} needs {needed:,} bytes, but {place} has only {free:,} free. Make "
-            "room, choose another disk or a smaller dtype."
-        )

@@ -45,6 +45,7 @@ class Sliced:
         self._program = _Program(jax.make_jaxpr(function)(*arguments))
         numbers = zip(self._program.inputs, sliced, strict=True)
         self._plan = _plan(self._program, [i for i, cut in numbers if cut])
+        self._numbers = {value: i for i, value in enumerate(self._program.inputs)}
         self._compiled: dict[int, Any] = {}
         self._alike: dict[str, Any] = {}
 
@@ -60,7 +61,6 @@ class Sliced:
         """
         inputs = dict(zip(self._program.inputs, leaves, strict=True))
         known = self._program.constants | inputs
-        numbers = self._numbers()
 
         def read(value: int, start: int, stop: int) -> Array:
             run, cut, others = self._by_rows(value)
@@ -69,7 +69,7 @@ class Sliced:
 
         for stage in self._plan.stages:
             for value in stage.gathered:
-                rows = fit([numbers[i] for i in self._by_rows(value)[1]])
+                rows = fit([self._numbers[i] for i in self._by_rows(value)[1]])
                 aval = self._program.avals[value]
                 known[value] = _gather(aval, functools.partial(read, value), rows)
             results = self._settle(stage)([known[i] for i in stage.operands])
@@ -91,7 +91,7 @@ class Sliced:
             fit: as in a call.
         """
         inputs = dict(zip(self._program.inputs, leaves, strict=True))
-        numbers = self._numbers()
+        numbers = self._numbers
         sliced = [numbers[i] for i, step in self._plan.makers.items() if step is None]
         whole = dict.fromkeys(self._program.constants)  # Those in memory.
 
@@ -127,10 +127,6 @@ class Sliced:
         for value in self._program.outs:
             if value in self._plan.makers:
                 yield by_rows(value, sliced)
-
-    def _numbers(self) -> dict[int, int]:
-        """The numbers of leaves by those of the inputs."""
-        return {value: i for i, value in enumerate(self._program.inputs)}
 
     def _settle(self, stage: "_Stage") -> Any:
         """The compiled steps of a stage."""
@@ -173,10 +169,9 @@ class Sliced:
 
     def _jit(self, run: Callable[..., Any], *shapes: Any) -> Any:
         """A function, compiled once for all that do the same: with each model, say."""
-        text = text_of(jax.make_jaxpr(run)(*shapes))
-        return (
-            jax.jit(run) if text is None else self._alike.setdefault(text, jax.jit(run))
-        )
+        compiled = jax.jit(run)
+        text = text_of(compiled.trace(*shapes).jaxpr)
+        return compiled if text is None else self._alike.setdefault(text, compiled)
 
     def _shapes(self, values: Sequence[int]) -> list[Any]:
         avals = (self._program.avals[i] for i in values)
@@ -209,7 +204,7 @@ def _nbytes(aval: Any) -> int:
 
 def _gather(aval: Any, read: Reader, rows: int) -> Array:
     if rows >= aval.shape[0]:
-        return read(0, aval.shape[0])
+        return read(0, aval.shape[0])  # It is an array already: nothing to copy.
     whole = _empty(aval.shape, aval.dtype)
     for start in range(0, len(whole), rows):
         stop = min(start + rows, len(whole))

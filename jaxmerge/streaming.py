@@ -25,8 +25,7 @@ from jaxmerge.slicing import Reader
 WORKERS = 3
 """Threads: one computes, one reads, one writes."""
 
-_AT_ONCE = 128_000_000
-
+_AT_ONCE = 128_000_000  # Bytes that a leaf takes at most, where it comes by rows.
 _BLOCK = 1 << 18  # Entries that are looked at together: small enough for the cache.
 _BLOCK_BYTES = 1 << 24  # What is read at a time of leaves that are copied or checked.
 _computing = threading.Lock()

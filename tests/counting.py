@@ -1,11 +1,34 @@
-"""Checkpoints for tests: one in memory, and one that knows how much of it was read."""
+"""Checkpoints for tests: one in memory, and what knows how much was read or written."""
 
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jaxmerge.checkpoints import Checkpoint, LeafInfo
+from jaxmerge.checkpoints import Checkpoint, LeafInfo, LeafWriter
 from jaxmerge.checkpoints.indexing import ranges
+from jaxmerge.checkpoints.safetensors import SafetensorsFile
+
+
+def count_bytes(monkeypatch):
+    """Counts the bytes of all reads of safetensors and of all writes, [read, written].
+
+    And, by name, how often something of a leaf is written.
+    """
+    read, write, totals, writes = SafetensorsFile.read, LeafWriter.write, [0, 0], {}
+
+    def counted_read(self, *where):
+        array = read(self, *where)
+        totals[0] += array.nbytes
+        return array
+
+    def counted_write(self, name, array, *where):
+        totals[1] += array.nbytes
+        writes[name] = writes.get(name, 0) + 1
+        write(self, name, array, *where)
+
+    monkeypatch.setattr(SafetensorsFile, "read", counted_read)
+    monkeypatch.setattr(LeafWriter, "write", counted_write)
+    return totals, writes
 
 
 @dataclass

@@ -8,9 +8,10 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from counting import count_bytes
 from jax.sharding import PartitionSpec as P
 
-from jaxmerge.checkpoints import Writer, save
+from jaxmerge.checkpoints import save
 from jaxmerge.checkpoints.safetensors import SafetensorsFile
 from jaxmerge.cli import main
 from jaxmerge.forecast import plan_merge
@@ -77,20 +78,7 @@ def test_bytes_and_slices_are_those_of_the_merge(
 ):
     recipe = recipe_for(runs, method, **fields)
     plan = plan_merge(recipe, memory=memory)
-    read, write, totals, writes = SafetensorsFile.read, Writer.write, [0, 0], {}
-
-    def counted_read(self, *where):
-        array = read(self, *where)
-        totals[0] += array.nbytes
-        return array
-
-    def counted_write(self, name, array, *where):
-        totals[1] += array.nbytes
-        writes[name] = writes.get(name, 0) + 1
-        write(self, name, array, *where)
-
-    monkeypatch.setattr(SafetensorsFile, "read", counted_read)
-    monkeypatch.setattr(Writer, "write", counted_write)
+    totals, writes = count_bytes(monkeypatch)
     merge_checkpoints(recipe, tmp_path / "out", memory=memory)
     assert [plan.totals.read, plan.totals.written] == totals
     if methods()[method].gathers:

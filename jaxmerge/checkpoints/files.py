@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,18 @@ def sha256_of(paths: Iterable[Path], root: Path | None = None) -> dict[str, str]
         with path.open("rb") as file:
             digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return digests
+
+
+def lack_of_space(path: Path, needed: int) -> str | None:
+    """Says that the disk is too small for a new file or directory, if it is."""
+    place = next(parent for parent in path.parents if parent.exists())
+    free = shutil.disk_usage(place).free
+    if needed <= free:
+        return None
+    return (
+        f"{path} needs {needed:,} bytes, but {place} has only {free:,} free. Make "
+        "room, choose another disk or a smaller dtype."
+    )
 
 
 def sync(path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from jaxmerge.checkpoints.files import sync
+from jaxmerge.checkpoints.files import lack_of_space, sync
 from jaxmerge.checkpoints.interface import CheckpointError, Index, LeafInfo
 from jaxmerge.checkpoints.journal import Journal, completed
 
@@ -296,13 +296,8 @@ class LeafWriter:
 
     def _check_free_space(self) -> None:
         needed = sum(info.nbytes for info in self.leaves.values())
-        place = next(parent for parent in self.path.parents if parent.exists())
-        free = shutil.disk_usage(place).free
-        if needed > free:
-            raise CheckpointError(
-                f"{self.path} needs {needed:,} bytes, but {place} has only {free:,} "
-                "free. Make room, choose another disk or a smaller dtype."
-            )
+        if problem := lack_of_space(self.path, needed):
+            raise CheckpointError(problem)
 
 
 def _raise(error: BaseException | None) -> None:

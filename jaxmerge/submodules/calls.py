@@ -6,7 +6,7 @@ with the same leaves of other models in their place, on the same inputs.
 """
 
 import re
-from collections import Counter
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -256,11 +256,10 @@ def _call(body: Body, operands: Sequence[_Value], mark: Mark) -> Call | None:
         return _impossible(mark.name, _COMPUTED) if mark.name else None
     path = mark.name
     if path is None:
-        paths = Counter(
+        path = statistics.mode(
             "/".join(keys(leaf.path)[: -mark.depths[index - start]])
             for index, leaf in own.items()
         )
-        ((path, _),) = paths.most_common(1)
     problem = None
     if any(value.varies and value.parameter is None for value in operands[start:]):
         problem = _COMPUTED

@@ -6,9 +6,9 @@ import cases
 import numpy as np
 import pytest
 from cases import CASES
+from counting import count_bytes
 
-from jaxmerge.checkpoints import LeafWriter, open_checkpoint
-from jaxmerge.checkpoints.safetensors import SafetensorsFile
+from jaxmerge.checkpoints import open_checkpoint
 from jaxmerge.cli import main
 
 RECIPES = {
@@ -43,20 +43,8 @@ def test_plans_have_the_bytes_of_the_merge(case, request, tmp_path, monkeypatch)
     monkeypatch.chdir(request.getfixturevalue(RECIPES[case]))
     recipe = tmp_path / "mergekit.yml"
     recipe.write_text(CASES["recipes"][case])
-    totals, read, write = [0, 0], SafetensorsFile.read, LeafWriter.write
-
-    def counted_read(self, *where):
-        array = read(self, *where)
-        totals[0] += array.nbytes
-        return array
-
-    def counted_write(self, name, array, *where):
-        totals[1] += array.nbytes
-        write(self, name, array, *where)
-
+    totals, _ = count_bytes(monkeypatch)
     plan = str(tmp_path / "plan.json")
-    monkeypatch.setattr(SafetensorsFile, "read", counted_read)
-    monkeypatch.setattr(LeafWriter, "write", counted_write)
     words = ["--mesh=x=4,y=2", "--shard=.*proj.*=x", "--json", plan]
     assert main(["plan", str(recipe), *words]) == 0
     assert totals == [0, 0]
