@@ -1,5 +1,6 @@
 """Runs commands and measures them from outside: time, and memory at its peak."""
 
+import contextlib
 import os
 import subprocess
 import tempfile
@@ -70,9 +71,10 @@ def _sample(pid: int, peaks: dict[str, int], ended: threading.Event) -> None:
 def _family(pid: int) -> Iterator[int]:
     """A process and all below it."""
     yield pid
-    for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in _read(children).split():
-            yield from _family(int(child))
+    with contextlib.suppress(OSError):  # The process has ended.
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            for child in _read(Path(f"/proc/{pid}/task/{thread}/children")).split():
+                yield from _family(int(child))
 
 
 def _memory(pid: int) -> dict[str, int]:

@@ -213,7 +213,7 @@ def _groups(merge: PartMerge, memory: int) -> Iterator[LeafGroup]:
     for (pattern, shape, dtypes, treatment, _), names in alike.items():
         first = names[0]
         with precision(wide):
-            cost = cost_of(part, first, lazy.get(first))
+            cost = _cost_of(merge, first, lazy.get(first))
         number = together.get(first, 1)
         share, sent = _on_mesh(merge, first, cost, layers.get(first), number)
         options = _options_of(part, first) if first in lazy else {}
@@ -221,6 +221,14 @@ def _groups(merge: PartMerge, memory: int) -> Iterator[LeafGroup]:
         yield LeafGroup(
             *(name, names, shape, dtypes, treatment, options, cost, number, share, sent)
         )
+
+
+def _cost_of(merge: PartMerge, name: str, leaf: Any) -> LeafCost:
+    if name not in merge.placed or not isinstance(leaf, Deferred):
+        return cost_of(merge.part, name, leaf)
+    # Sums over leaves that lie on a mesh are made in another way.
+    with jax.sharding.use_abstract_mesh(merge.placed[name].mesh.abstract_mesh):
+        return cost_of(merge.part, name, leaf)._replace(alone=True)
 
 
 def _options_of(part: Part, name: str) -> dict[str, Any]:
@@ -357,10 +365,10 @@ def _memory(
     host = device = held = 0.0
     for i, group in enumerate(of_leaves):
         cost = group.cost
-        before = of_leaves[max(0, i - WORKERS + 1) : i]
-        # While a leaf is computed, those before it may still wait to be written, and
-        # on a mesh those that are computed with it to be taken.
-        late = sum(each.cost.held for each in before)
+        before = [each.cost for each in of_leaves[max(0, i - WORKERS + 1) : i]]
+        # While a leaf is computed, so are those before it, or they wait to be written;
+        # on a mesh those that are computed with it wait to be taken.
+        late = sum(x.held if x.alone else x.working for x in before)
         late += (group.together - 1) * cost.held
         host = max(host, group.working + late / devices)
         # Inputs of matrices are there twice: as they are sharded, and whole.

@@ -9,6 +9,28 @@ from jax.extend import core
 Equation = Any
 Atom = Any
 
+LAPACK = frozenset(
+    {
+        "cholesky",
+        "cholesky_update",
+        "eig",
+        "eigh",
+        "geqp3",
+        "geqrf",
+        "hessenberg",
+        "householder_product",
+        "lu",
+        "ormqr",
+        "qr",
+        "schur",
+        "svd",
+        "triangular_solve",
+        "tridiagonal",
+        "tridiagonal_solve",
+    }
+)
+"""Primitives that LAPACK computes on CPUs."""
+
 CHECKPOINTS = frozenset({"checkpoint", "remat", "remat2"})
 
 CALLS = CHECKPOINTS | {

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jaxmerge.slicing import Reader, Sliced
+from jaxmerge.slicing import Reader, Sliced, evenly
 
 
 class LazyLeaf(ABC):
@@ -87,8 +87,8 @@ def slices(leaf: Any) -> Iterator[tuple[int, Any]]:
         yield 0, leaf.read()
         return
     read, step = leaf.reader(), max(1, leaf.memory * leaf.shape[0] // leaf.cost)
-    for start in range(0, leaf.shape[0], step):
-        yield start, read(start, min(start + step, leaf.shape[0]))
+    for start, stop in evenly(leaf.shape[0], step):
+        yield start, read(start, stop)
 
 
 def comes_whole(leaf: LazyLeaf, shape: tuple[int, ...]) -> bool:
@@ -170,6 +170,17 @@ class Deferred(LazyLeaf):
             examples=examples,
         )
         return _sliced(task)
+
+    def is_alone(self) -> bool:
+        """Whether it is not to be computed beside others, for time or memory's sake.
+
+        LAPACK can wait for others for ever, and what cannot be computed by rows may
+        take more memory than it should.
+        """
+        if not self._lazy[0].shape or self.sliced().uses_lapack:
+            return True
+        whole = comes_whole(self, self._lazy[0].shape)
+        return not whole and self.sliced().held > self.memory
 
     def fit(self, numbers: Sequence[int]) -> int:
         """How many rows of some leaves of the arguments may be in memory at a time."""

@@ -32,6 +32,7 @@ class LeafCost(NamedTuple):
         inputs: bytes of inputs that are in memory while it is computed.
         slices: how many times rows of it are computed; 1 if it comes whole, 0 if it is
             not computed at all.
+        alone: whether no other is computed beside it.
     """
 
     read: int
@@ -42,6 +43,7 @@ class LeafCost(NamedTuple):
     held: int = 0
     inputs: int = 0
     slices: int = 0
+    alone: bool = True
 
 
 def cost_of(part: Part, name: str, leaf: Any) -> LeafCost:
@@ -81,9 +83,9 @@ def _computation(leaf: Any) -> LeafCost:
     if isinstance(leaf, Whole):
         return _whole(leaf.together, _lazy_in(leaf.together.arguments))
     lazy = _lazy_in(leaf.arguments)
-    if comes_whole(leaf, lazy[0].shape):
-        return _whole(leaf, lazy)
-    return _by_rows(leaf, lazy)
+    whole = comes_whole(leaf, lazy[0].shape)
+    cost = _whole(leaf, lazy) if whole else _by_rows(leaf, lazy)
+    return cost._replace(alone=leaf.is_alone())
 
 
 def _lazy_in(arguments: tuple[Any, ...]) -> list[LazyLeaf]:

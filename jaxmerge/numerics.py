@@ -373,8 +373,26 @@ def safe_divide(x: Array, y: Array, otherwise: float | Array = 0.0) -> Array:
 
 def norm(x: Array) -> Array:
     """Euclidean norm over all axes; scaled so that no square over- or underflows."""
-    largest = jnp.max(jnp.abs(x), initial=0)
+    largest = jnp.max(_by_rows(jnp.max, jnp.abs(x)), initial=0)
     scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-    total = jnp.sum(jnp.square(x / scale))
+    squares = sum_all(jnp.square(x / scale))
     # The slope of a square root at zero is infinite.
-    return scale * jnp.where(total == 0, 0, jnp.sqrt(jnp.where(total == 0, 1, total)))
+    root = jnp.sqrt(jnp.where(squares == 0, 1, squares))
+    return scale * jnp.where(squares == 0, 0, root)
+
+
+def sum_all(x: Array) -> Array:
+    """The sum of all entries: of each row, then of all these.
+
+    Rows that are on disk are summed as they come, and the sum has the same bits.
+    """
+    return jnp.sum(_by_rows(jnp.sum, x))
+
+
+def _by_rows(reduce: Callable[..., Array], x: Array) -> Array:
+    """Reduces all axes but the first, where an array is not spread over a mesh."""
+    mesh = sharding.mesh_of(x)
+    if x.ndim < 2 or 0 in x.shape or (mesh is not None and mesh.size > 1):
+        return x
+    # Or XLA makes one reduction of two.
+    return jax.lax.optimization_barrier(reduce(x, axis=tuple(range(1, x.ndim))))

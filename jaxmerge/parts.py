@@ -24,6 +24,7 @@ from jaxmerge.streaming import (
     own_parts,
     precision,
     share_of,
+    turns,
 )
 from jaxmerge.tree import is_float
 
@@ -75,7 +76,7 @@ class PartMerge:
         # Of arrays on a mesh, each process has a share.
         processes = jax.process_count() if self.placed else 1
         base, models = self.lazy_trees(self._memory * processes)
-        with precision(self._wide):
+        with turns, precision(self._wide):
             if part.method.holds_model(part.recipe.options):
                 base, models = load((base, models))
             self._merged = self.call(base, models)

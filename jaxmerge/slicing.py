@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax import Array, lax
 
-from jaxmerge.jaxprs import CALLS, called, is_literal, text_of
+from jaxmerge.jaxprs import CALLS, LAPACK, called, inside, is_literal, text_of
 
 Reader = Callable[[int, int], Any]
 """Reads the rows of an array from a start to a stop."""
@@ -34,6 +34,10 @@ class Sliced:
         arguments: what it is called with, or the shapes of that.
         sliced: for each leaf of the arguments, in order, whether it is to be sliced;
             all these have equally many rows.
+
+    Attributes:
+        uses_lapack: whether a step decomposes matrices or solves systems.
+        held: how many bytes of whole arrays are put together at a time, at most.
     """
 
     def __init__(
@@ -45,6 +49,16 @@ class Sliced:
         self._program = _Program(jax.make_jaxpr(function)(*arguments))
         numbers = zip(self._program.inputs, sliced, strict=True)
         self._plan = _plan(self._program, [i for i, cut in numbers if cut])
+        self.uses_lapack = any(
+            eqn.primitive.name in LAPACK
+            for step in self._program.steps
+            for eqn in (step.eqn, *inside(step.eqn))
+        )
+        avals = self._program.avals
+        self.held = max(
+            sum(_nbytes(avals[i]) for i in stage.gathered)
+            for stage in self._plan.stages
+        )
         self._numbers = {value: i for i, value in enumerate(self._program.inputs)}
         self._compiled: dict[int, Any] = {}
         self._alike: dict[str, Any] = {}
@@ -206,10 +220,22 @@ def _gather(aval: Any, read: Reader, rows: int) -> Array:
     if rows >= aval.shape[0]:
         return read(0, aval.shape[0])  # It is an array already: nothing to copy.
     whole = _empty(aval.shape, aval.dtype)
-    for start in range(0, len(whole), rows):
-        stop = min(start + rows, len(whole))
+    for start, stop in evenly(len(whole), rows):
         whole[start:stop] = read(start, stop)
     return jax.device_put(whole, may_alias=True)
+
+
+def evenly(number: int, most: int) -> Iterator[tuple[int, int]]:
+    """Divides rows into parts of `most` or less, none of which is much the smallest.
+
+    XLA adds up a few rows in another order than many.
+
+    Yields:
+        The start and the stop of each part.
+    """
+    size = -(-number // -(-number // most))
+    for start in range(0, number, size):
+        yield start, min(start + size, number)
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

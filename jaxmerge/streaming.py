@@ -1,9 +1,10 @@
 """From checkpoints to a checkpoint in bounded memory: read, compute, write at once.
 
 Leaves are worked on by a few threads. Each checks the inputs of its leaf, which brings
-them from disk, waits for its turn to compute, and then writes while the next one
-computes. There is one computation at a time: on CPUs several, each of which waits for
-threads of the one pool that they share, can wait for each other for ever.
+them from disk, computes, and writes while others compute. Those that take much memory,
+and those that LAPACK has a part in, compute one at a time. (LAPACK waits inside the
+pool of threads that all computations on a CPU share, for tasks that it gives to this
+very pool: several that wait there leave no thread to run them, and wait for ever.)
 """
 
 import contextlib
@@ -18,17 +19,19 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxmerge.checkpoints import Checkpoint, Index
-from jaxmerge.lazy import LazyLeaf, slices
+from jaxmerge.lazy import Deferred, LazyLeaf, slices
 from jaxmerge.sharding import of
 from jaxmerge.slicing import Reader
 
 WORKERS = 3
-"""Threads: one computes, one reads, one writes."""
+"""Threads, each with one leaf."""
 
 _AT_ONCE = 128_000_000  # Bytes that a leaf takes at most, where it comes by rows.
 _BLOCK = 1 << 18  # Entries that are looked at together: small enough for the cache.
 _BLOCK_BYTES = 1 << 24  # What is read at a time of leaves that are copied or checked.
-_computing = threading.Lock()
+
+turns = threading.Lock()
+"""Held by computations that are not to run beside each other."""
 
 
 class StoredLeaf(LazyLeaf):
@@ -114,8 +117,9 @@ def computed(leaf: Any, wide: bool) -> Iterator[tuple[Index, np.ndarray]]:
         processes, one has it.
     """
     parts, sharded = slices(leaf), of(leaf) is not None
+    beside = isinstance(leaf, Deferred) and not sharded and not leaf.is_alone()
     while True:
-        with _computing, precision(wide):
+        with contextlib.nullcontext() if beside else turns, precision(wide):
             part = next(parts, None)
             if part is None:
                 return

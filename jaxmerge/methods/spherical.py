@@ -15,7 +15,7 @@ from jax import Array
 from jaxmerge.leafwise import ABSENT, merge_leaves
 from jaxmerge.matrices import MatrixRules, rows_by_scope
 from jaxmerge.methods.election import weighted_sum
-from jaxmerge.numerics import norm, safe_divide
+from jaxmerge.numerics import norm, safe_divide, sum_all
 from jaxmerge.options import (
     Leaf,
     PerLeaf,
@@ -200,7 +200,7 @@ def _unit(x: Array) -> tuple[Array, Array]:
 
 def _bearing(u: Array, v: Array) -> tuple[Array, Array]:
     """The angle from unit vector `u` to `v`, and the part of `v` across `u`."""
-    cosine = jnp.sum(u * v)
+    cosine = sum_all(u * v)
     across = v - cosine * u
     sine = norm(across)
     # arccos of a cosine near 1 has lost half its digits. Zero vectors have no angle.
