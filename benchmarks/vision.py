@@ -37,17 +37,16 @@ def measure_rows(place, trained):
     """What is known of the start, the individual models and all merges."""
     name = f"seed{trained.seed}-tasks{len(trained.tasks)}"
 
-    def of_end(accuracies):
-        return {"accuracies": accuracies(), "scale": None, "data": ""}
+    def of_end(accuracies, others):
+        return {"accuracies": accuracies, "others": others, "scale": None, "data": ""}
+
+    def of_start():
+        return of_end(trained.test(trained.start), trained.test_others(trained.start))
 
     rows = {
-        "start": experiment.measured(
-            place,
-            f"{name}/start",
-            lambda: of_end(lambda: trained.test(trained.start)),
-        ),
+        "start": experiment.measured(place, f"{name}/start", of_start),
         "individual": experiment.measured(
-            place, f"{name}/individual", lambda: of_end(trained.test_apart)
+            place, f"{name}/individual", lambda: of_end(*trained.test_apart())
         ),
     }
     for merge in merges.merges(trained):
@@ -98,9 +97,10 @@ def main():
     results = place / "results" if args.quick else RESULTS
     results.mkdir(parents=True, exist_ok=True)
 
-    runs, deep, names = {}, [], []
+    runs, deep, names, own = {}, [], [], []
     for trained in experiment.prepare(args.data, models, settings, sizes, args.seeds):
         names = [task.name for task in trained.tasks]
+        own = [task.name for task in trained.own]
         for count in (*(c for c in COUNTS if c < len(names)), len(names)):
             rows = measure_rows(place, trained.first(count))
             runs.setdefault(count, []).append(rows)
@@ -118,11 +118,11 @@ def main():
         print(f"seed {trained.seed} done after {used:.0f} s of processors", flush=True)
     note = describe(settings, sizes, args.seeds, args.data)
     tables = [
-        pages.table_of(names[:count], of_count) for count, of_count in runs.items()
+        pages.table_of(names, count, own, of_count) for count, of_count in runs.items()
     ]
     for table in tables:
         page = pages.table_page(table, note)
-        (results / f"vision_{len(table.tasks)}.md").write_text(page)
+        (results / f"vision_{len(table.seen)}.md").write_text(page)
     whole, judged = tables[-1], claims.compare(tables[-1], sizes.test)
     page = pages.claims_page(judged, runs[len(names)], deep, whole, note)
     (results / "vision_claims.md").write_text(page)

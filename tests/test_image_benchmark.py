@@ -89,11 +89,14 @@ def test_correlation_is_of_ranks():
 
 def test_tables_have_the_worst_first_and_the_range_of_scales():
     def run(scale):
-        row = {"accuracies": [0.5], "scale": None, "data": ""}
-        better = {"accuracies": [0.7], "scale": scale, "data": "2 images"}
+        row = {"accuracies": [0.5], "others": [0.9, 0.4], "scale": None, "data": ""}
+        better = {**row, "accuracies": [0.7], "scale": scale, "data": "2 images"}
         return {"better": better, "start": row, "individual": row, "worse": row}
 
-    table = pages.table_of(["a"], [run(0.1), run(0.4), run(0.2)])
+    runs = [run(0.1), run(0.4), run(0.2)]
+    table = pages.table_of(["a", "b"], 1, ["own"], runs)
     assert list(table.rows) == ["start", "worse", "better"]
     assert table.notes["scale"] == {"better": "0.1 to 0.4"}
     assert table.data == {"better": "2 images"}
+    assert (table.seen, table.held_out, table.own) == (["a"], ["b"], ["own"])
+    assert table.mean("better") == pytest.approx(0.7)

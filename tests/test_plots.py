@@ -177,6 +177,16 @@ def test_rows_that_all_tables_have_are_drawn():
     assert "average" not in texts
 
 
+def test_tasks_held_out_are_not_among_those_merged():
+    few, many = make_table(3), make_table(5, 1)
+    table = make_table(5, 2)._replace(held_out=make_table(5).tasks[2:])
+    (axes,) = plots.accuracy_against_tasks([table, many], ["ties"]).axes
+    np.testing.assert_array_equal(axes.get_lines()[-1].get_xdata(), [2, 5])
+    figure = plots.radar(many._replace(own=many.tasks[3:]))
+    shown = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert shown == list(few.tasks)
+
+
 def test_accuracy_against_bytes_labels_every_point():
     rows = [f"method_{i}" for i in range(12)]
     table = make_table(rows=rows)

@@ -93,12 +93,18 @@ def compare(table: ResultTable, images: int) -> list[Judged]:
     """All comparisons, on a table of so many test images per task."""
     judged = []
     for comparison in COMPARISONS:
-        above = table.runs(comparison.above)
-        differences = (above - table.runs(comparison.below)).mean(axis=1)
+        above = seen_runs(table, comparison.above)
+        differences = (above - seen_runs(table, comparison.below)).mean(axis=1)
         resolution = standard_error(above.mean(axis=0), images)
         said = verdict(differences, resolution)
         judged.append(Judged(comparison, differences, resolution, said))
     return judged
+
+
+def seen_runs(table: ResultTable, name: str) -> np.ndarray:
+    """The accuracies of a row on the tasks that were merged, (seeds, tasks)."""
+    columns = [table.tasks.index(task) for task in table.seen]
+    return table.runs(name)[:, columns]
 
 
 def standard_error(accuracies: np.ndarray, images: int) -> float:

@@ -20,6 +20,10 @@ Fashion-MNIST, Kannada-MNIST, GTSRB, PneumoniaMNIST, Quick, Draw!, CIFAR-10 and 
 of brain scans. Say where they are with --data."""
 
 
+OWN = ("indic", "tinyimagenet")
+"""The parts of the broad set that show what a model has forgotten of it."""
+
+
 class Labelled(NamedTuple):
     """Images (n, 32, 32, 3), uint8, and their classes (n,), int32."""
 
@@ -67,6 +71,12 @@ def load_tasks(directory: Path) -> list[Task]:
     return [_task(path) for path in _archives(directory, "images")]
 
 
+def load_own(directory: Path) -> list[Task]:
+    """Parts of the broad set as tasks, whose validation images are the test."""
+    paths = _archives(directory, "pretrain")
+    return [_task(path, test="val") for path in paths if path.stem in OWN]
+
+
 def load_broad(directory: Path) -> Broad:
     """The broad set.
 
@@ -107,12 +117,10 @@ def _archives(directory: Path, kind: str) -> list[Path]:
     return found
 
 
-def _task(path: Path) -> Task:
+def _task(path: Path, test: str = "test") -> Task:
     arrays = np.load(path)
-    train, validation, test = (
-        _labelled(arrays, split, 0) for split in ("train", "val", "test")
-    )
-    return Task(path.stem, int(train.labels.max()) + 1, train, validation, test)
+    splits = [_labelled(arrays, split, 0) for split in ("train", "val", test)]
+    return Task(path.stem, int(splits[0].labels.max()) + 1, *splits)
 
 
 def _labelled(arrays: np.lib.npyio.NpzFile, split: str, first_class: int) -> Labelled:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxmerge.demo.model import Head
 from jaxmerge.evaluation import evaluate
 
-from .data import Labelled, Task, load_broad, load_tasks
+from .data import Labelled, Task, load_broad, load_own, load_tasks
 from .model import Network, Params, make_head
 from .training import Settings, fine_tune, kept, pretrain
 
@@ -47,6 +47,9 @@ class Experiment(NamedTuple):
         start: the shared, pretrained parameters.
         tasks: the tasks that are merged.
         tuned: the parameters fine-tuned on each.
+        held_out: further tasks, that show how merges generalise.
+        held_out_tuned: the parameters fine-tuned on each of these.
+        own: tasks of the start, that show what merges forget.
         apply: the logits of images that say which task they are of, by its number.
         sizes: how many images are used for what.
         seed: of fine-tuning, and of methods that draw at random.
@@ -56,25 +59,46 @@ class Experiment(NamedTuple):
     start: Params
     tasks: list[Task]
     tuned: list[Params]
+    held_out: list[Task]
+    held_out_tuned: list[Params]
+    own: list[Task]
     apply: Callable[[Params, tuple[Any, Any]], jax.Array]
     sizes: Sizes
     seed: int
 
     def first(self, count: int) -> "Experiment":
-        """The same with the first `count` tasks only."""
-        return self._replace(tasks=self.tasks[:count], tuned=self.tuned[:count])
+        """The same with the first `count` tasks; the others are held out."""
+        return self._replace(
+            tasks=self.tasks[:count],
+            tuned=self.tuned[:count],
+            held_out=self.tasks[count:],
+            held_out_tuned=self.tuned[count:],
+        )
 
     def test(self, params: Params) -> list[float]:
         """The accuracy on each task's test images."""
-        return self._accuracies(params, "test", self.sizes.test)
+        return self._accuracies(params, self.tasks, "test", self.sizes.test)
+
+    def test_others(self, params: Params) -> list[float]:
+        """The accuracy on the test images of tasks held out, and of the start's own."""
+        others = [*self.held_out, *self.own]
+        return self._accuracies(params, others, "test", self.sizes.test)
 
     def validate(self, params: Params) -> list[float]:
         """The accuracy on each task's validation images."""
-        return self._accuracies(params, "validation", self.sizes.validation)
+        size = self.sizes.validation
+        return self._accuracies(params, self.tasks, "validation", size)
 
-    def test_apart(self) -> list[float]:
-        """The accuracy of each task's own model on its test images."""
-        return [self.test(model)[i] for i, model in enumerate(self.tuned)]
+    def test_apart(self) -> tuple[list[float], list[float]]:
+        """The accuracy of each task's own model, and of the start on its own tasks.
+
+        In the order of `test`, and of `test_others`.
+        """
+        merged = [self.test(model)[i] for i, model in enumerate(self.tuned)]
+        held_out = [
+            self.test_others(model)[i] for i, model in enumerate(self.held_out_tuned)
+        ]
+        return merged, held_out + self.test_others(self.start)[len(held_out) :]
 
     def images(self, split: str, count: int) -> list[np.ndarray]:
         """Some images of each task, without labels."""
@@ -85,13 +109,19 @@ class Experiment(NamedTuple):
         images = self.tasks[index].validation.some(self.sizes.validation).images
         return _features(self.network, params, images)
 
-    def _accuracies(self, params: Params, split: str, count: int) -> list[float]:
+    def _accuracies(
+        self, params: Params, tasks: list[Task], split: str, count: int
+    ) -> list[float]:
+        # The numbers of their heads, which are in this order.
+        numbers = [t.name for t in (*self.tasks, *self.held_out, *self.own)]
         batches = {
-            task.name: list(batches_of(i, getattr(task, split).some(count)))
-            for i, task in enumerate(self.tasks)
+            task.name: list(
+                batches_of(numbers.index(task.name), getattr(task, split).some(count))
+            )
+            for task in tasks
         }
         found = evaluate(self.apply, params, batches, "accuracy")
-        return [float(found[task.name]) for task in self.tasks]
+        return [float(found[task.name]) for task in tasks]
 
 
 def batches_of(task: int, labelled: Labelled, size: int = 250) -> Iterator[Batch]:
@@ -109,10 +139,10 @@ def prepare(
     Raises:
         SystemExit: there is no data.
     """
-    tasks, broad = load_tasks(data), load_broad(data)
+    tasks, own, broad = load_tasks(data), load_own(data), load_broad(data)
     start = kept(place, "start", lambda file: pretrain(settings, broad, file))
-    network, outputs = settings.network, max(task.classes for task in tasks)
-    heads = [make_head(network, start, task, outputs) for task in tasks]
+    network, outputs = settings.network, max(task.classes for task in (*tasks, *own))
+    heads = [make_head(network, start, task, outputs) for task in (*tasks, *own)]
     apply = _with_heads(network, jax.tree.map(lambda *x: jnp.stack(x), *heads))
     for seed in range(seeds):
         tuned = [
@@ -121,9 +151,9 @@ def prepare(
                 f"{task.name}-seed{seed}",
                 functools.partial(_fine_tune, settings, start, head, task, seed),
             )
-            for task, head in zip(tasks, heads, strict=True)
+            for task, head in zip(tasks, heads, strict=False)
         ]
-        yield Experiment(network, start, tasks, tuned, apply, sizes, seed)
+        yield Experiment(network, start, tasks, tuned, [], [], own, apply, sizes, seed)
 
 
 def measured(

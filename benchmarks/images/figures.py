@@ -10,7 +10,7 @@ from jaxmerge.evaluation import ResultTable
 from jaxmerge.plots import accuracy_against_bytes, accuracy_against_tasks, heat_map
 from jaxmerge.plots.canvas import COLOURS, INK, axes_of, grid, line_style, picture
 
-from .claims import CONFIRMED, NOT_CONFIRMED, NOT_TESTABLE, STEPS, Judged
+from .claims import CONFIRMED, NOT_CONFIRMED, NOT_TESTABLE, STEPS, Judged, seen_runs
 from .pages import ENDS, Runs, path_of, paths_of
 
 DRAWN = (
@@ -43,7 +43,7 @@ def save_figures(
         "comparisons": _draw_comparisons(judged),
         "preservation": _draw_preservation(runs),
         "matching": _draw_matching(deep),
-        "linearity": _draw_linearity(deep, whole.tasks),
+        "linearity": _draw_linearity(deep, whole.seen),
         "masks": _draw_masks(deep, whole),
     }
     for name, figure in figures.items():
@@ -129,11 +129,13 @@ def _draw_masks(deep: Sequence[Mapping[str, Any]], table: ResultTable) -> Any:
     """What is kept against bytes; a merge is as large as the start."""
     start = deep[0]["masks"]["start"]
     stored = [one["masks"]["accuracies"] for one in deep]
-    shown = {name: table.rows[name] for name in ("start", "task_arithmetic", "regmean")}
-    rows = table._replace(rows={**shown, "TALL-masks": stored})
+    names = ("start", "task_arithmetic", "regmean")
+    shown = {name: seen_runs(table, name) for name in names}
+    individual = seen_runs(table, "individual")
+    rows = ResultTable(table.seen, individual, {**shown, "TALL-masks": stored})
     nbytes = dict.fromkeys(shown, start)
     nbytes["TALL-masks"] = deep[0]["masks"]["bytes"]
-    nbytes["individual"] = len(table.tasks) * start
+    nbytes["individual"] = len(table.seen) * start
     return accuracy_against_bytes(rows, nbytes)
 
 

@@ -45,6 +45,7 @@ class Measured(NamedTuple):
 
     Attributes:
         accuracies: on the test images of each task.
+        others: on those of tasks held out, and of the start's own.
         scale: the coefficient chosen, None if there is none.
         missed: how much of what fine-tuning did to the features of each task's
             validation images is missed, in the mean over images: the distance of the
@@ -54,6 +55,7 @@ class Measured(NamedTuple):
     """
 
     accuracies: list[float]
+    others: list[float]
     scale: float | None
     missed: list[float]
     seconds: float
@@ -126,8 +128,9 @@ def measure(merge: Merge, experiment: Experiment) -> Measured:
     if merge.scaled:
         merged, scale = best_scale(experiment, merged)
     seconds = time.process_time() - before
-    accuracies, missed = experiment.test(merged), missed_features(experiment, merged)
-    return Measured(accuracies, scale, missed, seconds)
+    accuracies, others = experiment.test(merged), experiment.test_others(merged)
+    missed = missed_features(experiment, merged)
+    return Measured(accuracies, others, scale, missed, seconds)
 
 
 def best_scale(experiment: Experiment, merged: Params) -> tuple[Params, float]:

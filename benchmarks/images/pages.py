@@ -14,6 +14,7 @@ from .claims import (
     STEPS,
     Judged,
     correlation,
+    seen_runs,
     verdict,
 )
 
@@ -24,29 +25,43 @@ Runs = Sequence[Mapping[str, Mapping[str, Any]]]
 """By seed, what was measured of each row."""
 
 
-def table_of(tasks: Sequence[str], runs: Runs) -> ResultTable:
-    """The table of all rows, worst first by their mean."""
+def table_of(
+    tasks: Sequence[str], count: int, own: Sequence[str], runs: Runs
+) -> ResultTable:
+    """The table of all rows, worst first by their mean.
+
+    Args:
+        tasks: all tasks; the first `count` of them were merged.
+        count: how many that are.
+        own: the tasks of the start.
+        runs: what was measured, by seed.
+    """
 
     def mean(name: str) -> float:
         return float(np.mean([run[name]["accuracies"] for run in runs]))
 
-    rows = {name: [run[name]["accuracies"] for run in runs] for name in runs[0]}
+    rows = {
+        name: [run[name]["accuracies"] + run[name]["others"] for run in runs]
+        for name in runs[0]
+    }
     individual = rows.pop("individual")
     names = ["start", *sorted(set(rows) - {"start"}, key=mean)]
     scales = {name: _scales(runs, name) for name in names}
     return ResultTable(
-        tasks,
+        [*tasks, *own],
         individual,
         {name: rows[name] for name in names},
         notes={"scale": {name: text for name, text in scales.items() if text}},
         data={name: text for name in names if (text := runs[0][name]["data"])},
+        held_out=tasks[count:],
+        own=own,
         references=["start"],
     )
 
 
 def table_page(table: ResultTable, note: str) -> str:
     """The page of one number of tasks."""
-    title = f"# {len(table.tasks)} fine-tuned vision transformers, merged"
+    title = f"# {len(table.seen)} fine-tuned vision transformers, merged"
     return "\n\n".join([title, table.markdown(), note]) + "\n"
 
 
@@ -193,7 +208,7 @@ def _masks(deep: Sequence[Mapping[str, Any]], table: ResultTable) -> str:
             "Normalised accuracy of tasks taken from a store, by seed: "
             f"{', '.join(f'{100 * value:.1f} %' for value in kept)}, in "
             f"{np.mean(ratio):.2f} times the bytes of one model, where "
-            f"{len(table.tasks)} models take {len(table.tasks)}. **{said}**.",
+            f"{len(table.seen)} models take {len(table.seen)}. **{said}**.",
             "![](vision_masks.png)",
         ]
     )
@@ -201,7 +216,7 @@ def _masks(deep: Sequence[Mapping[str, Any]], table: ResultTable) -> str:
 
 def _kept(deep: Sequence[Mapping[str, Any]], table: ResultTable) -> np.ndarray:
     stored = np.array([one["masks"]["accuracies"] for one in deep])
-    return (stored / table.runs("individual")).mean(axis=1)
+    return (stored / seen_runs(table, "individual")).mean(axis=1)
 
 
 def paths_of(deep: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -1,5 +1,7 @@
 """Pictures of tables of accuracies: `jaxmerge.evaluation.ResultTable`."""
 
+import functools
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -66,7 +68,9 @@ def radar(table: ResultTable, rows: Sequence[str] | None = None) -> Figure:
     means = np.mean(list(shares.values()), axis=0)
     gap = int(np.argmin(means + np.roll(means, -1)))
     axes.set_rlabel_position(np.degrees(angles[gap] + angles[1] / 2))  # pyright: ignore
-    axes.set_xticks(angles, table.tasks)
+    # The layout of round axes leaves little room beside them.
+    wrap = functools.partial(textwrap.fill, width=10, break_long_words=False)
+    axes.set_xticks(angles, [wrap(task) for task in table.seen])
     for angle, text in zip(angles, axes.get_xticklabels(), strict=True):
         side = np.sin(angle)
         to = "center" if abs(side) < 0.1 else "left" if side > 0 else "right"
@@ -155,7 +159,7 @@ def accuracy_against_tasks(
     ends = [(numbers[-1], 100.0, "individual", INK)]
     for i, name in enumerate(names):
         spread = [
-            [100 * t.normalised(name) for t in tables if len(t.tasks) == number]
+            [100 * t.normalised(name) for t in tables if len(t.seen) == number]
             for number in numbers
         ]
         style = line_style(i, label=name)
@@ -229,7 +233,9 @@ def _rows(
 
 
 def _relative(table: ResultTable, name: str) -> np.ndarray:
-    return 100 * _accuracies(table.rows[name]) / _accuracies(table.individual)
+    """Accuracies on the tasks that were merged, in per cent of individual models'."""
+    shares = _accuracies(table.rows[name]) / _accuracies(table.individual)
+    return 100 * shares[[table.tasks.index(task) for task in table.seen]]
 
 
 def _accuracies(values: Values) -> np.ndarray:
