@@ -373,26 +373,50 @@ def safe_divide(x: Array, y: Array, otherwise: float | Array = 0.0) -> Array:
 
 def norm(x: Array) -> Array:
     """Euclidean norm over all axes; scaled so that no square over- or underflows."""
-    largest = jnp.max(_by_rows(jnp.max, jnp.abs(x)), initial=0)
-    scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-    squares = sum_all(jnp.square(x / scale))
+    return norms([x])[0]
+
+
+def norms(arrays: Sequence[Array]) -> Array:
+    """The norms of arrays of one shape, in one pass over them; (arrays,)."""
+    rows = [_as_rows(x) for x in arrays]
+    # The norm does not depend on how it is scaled, so neither does its slope.
+    largest = [jax.lax.stop_gradient(_by_row(jnp.max, jnp.abs(x))) for x in rows]
+    scales = [jnp.where((m > 0) & jnp.isfinite(m), m, 1) for m in largest]
+    squares = [
+        _by_row(jnp.sum, jnp.square(x / scale.reshape(-1, *[1] * (x.ndim - 1))))
+        for x, scale in zip(rows, scales, strict=True)
+    ]
+    measured = _at_once([*largest, *scales, *squares])
+    largest, scales, squares = jnp.split(measured, 3, axis=1)
+    most = jnp.max(largest, axis=0, keepdims=True, initial=0)
+    scale = jnp.where((most > 0) & jnp.isfinite(most), most, 1)
+    shares = jnp.where(largest == 0, 0, scales / scale)
+    total = jnp.sum(squares * jnp.square(shares), axis=0)
     # The slope of a square root at zero is infinite.
-    root = jnp.sqrt(jnp.where(squares == 0, 1, squares))
-    return scale * jnp.where(squares == 0, 0, root)
+    roots = jnp.where(total == 0, 0, jnp.sqrt(jnp.where(total == 0, 1, total)))
+    return scale[0] * roots
 
 
-def sum_all(x: Array) -> Array:
-    """The sum of all entries: of each row, then of all these.
-
-    Rows that are on disk are summed as they come, and the sum has the same bits.
-    """
-    return jnp.sum(_by_rows(jnp.sum, x))
+def totals(arrays: Sequence[Array]) -> Array:
+    """The sums over all entries of arrays of one shape, in one pass; (arrays,)."""
+    rows = [_by_row(jnp.sum, _as_rows(x)) for x in arrays]
+    return jnp.sum(_at_once(rows), axis=0)
 
 
-def _by_rows(reduce: Callable[..., Array], x: Array) -> Array:
-    """Reduces all axes but the first, where an array is not spread over a mesh."""
+# Each row is reduced alone, then what comes of that: rows that are on disk are reduced
+# as they come, and the result has the same bits.
+
+
+def _as_rows(x: Array) -> Array:
+    """An array of two axes or more; one that is spread over a mesh as a single row."""
     mesh = sharding.mesh_of(x)
-    if x.ndim < 2 or 0 in x.shape or (mesh is not None and mesh.size > 1):
-        return x
-    # Or XLA makes one reduction of two.
-    return jax.lax.optimization_barrier(reduce(x, axis=tuple(range(1, x.ndim))))
+    return x[None] if x.ndim < 2 or (mesh is not None and mesh.size > 1) else x
+
+
+def _by_row(reduce: Callable[..., Array], x: Array) -> Array:
+    return reduce(x, axis=tuple(range(1, x.ndim)), initial=0)
+
+
+def _at_once(columns: Sequence[Array]) -> Array:
+    """Numbers of all rows, (rows, columns), which XLA does not reduce further."""
+    return jax.lax.optimization_barrier(jnp.stack(columns, axis=1))

@@ -307,7 +307,7 @@ def _option_problems(method: Method, fields: Mapping[str, Any]) -> Iterator[_Mis
             yield place, unknown("option", name, list(allowed), of=method.name)
         elif name == "origin" and value not in (None, "base"):
             yield place, f"option 'origin' is {value!r}; it must be 'base'"
-        elif not _fits(value, hints[name]):
+        elif not _fits(value, hints.get(name, Any)):
             expected = _expected(hints[name])
             yield place, f"option {name!r} is {value!r}; it must be {expected}"
         for pattern in rules_in(value):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxmerge import registry
 from jaxmerge.recipe_files import load_recipe
 from jaxmerge.recipes import Recipe, RecipeError, parse_recipe
 
@@ -281,6 +282,16 @@ def test_a_recipe_built_in_python_is_checked_too():
         Recipe("ties", {"a": "a"}, base="b", options={"densty": 0.1})
     with pytest.raises(RecipeError, match="needs a base"):
         Recipe("ties", {"a": "a"})
+
+
+def test_options_without_annotations_take_any_value(monkeypatch):
+    monkeypatch.setattr(registry, "_METHODS", dict(registry.methods()))
+
+    @registry.register(paper="A paper", link="https://example.org")
+    def halfway(models, *, t=0.5):
+        """Goes half the way."""
+
+    assert Recipe("halfway", {"a": "a"}, options={"t": [1]}).options == {"t": [1]}
 
 
 def test_a_file_that_is_no_text(tmp_path):

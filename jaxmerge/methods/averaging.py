@@ -14,7 +14,7 @@ from jax import Array
 from jaxmerge.leafwise import merge_leaves
 from jaxmerge.matrices import MatrixRules, rows_by_scope
 from jaxmerge.methods.election import weighted_sum
-from jaxmerge.numerics import norm, safe_divide, sum_all
+from jaxmerge.numerics import norms, safe_divide, totals
 from jaxmerge.options import (
     Leaf,
     PerLeaf,
@@ -137,9 +137,9 @@ def _stock(deltas: Sequence[Array], *, angle: str, clip: bool) -> Array:
     mean: Array = sum(deltas) / n  # type: ignore
     if n == 1:
         return mean
-    lengths = [norm(delta) for delta in deltas]
+    lengths = norms(deltas)
     units = [safe_divide(d, s) for d, s in zip(deltas, lengths, strict=True)]
-    cosines = jnp.stack([sum_all(a * b) for a, b in itertools.combinations(units, 2)])
+    cosines = totals([a * b for a, b in itertools.combinations(units, 2)])
     cosine = (
         jnp.mean(cosines)
         if angle == "mean_cosine"

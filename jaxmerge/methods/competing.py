@@ -19,7 +19,7 @@ from jaxmerge.numerics import (
     count,
     kth_largest,
     kth_magnitude,
-    norm,
+    norms,
     safe_divide,
 )
 from jaxmerge.options import (
@@ -297,7 +297,7 @@ def sce(
 def _fuse(deltas: Sequence[Array], *, density: Array, mask_values: bool) -> Array:
     selected = _most_varying(deltas, density)
     masked = [jnp.where(selected, delta, 0) for delta in deltas]
-    lengths = jnp.stack([norm(delta) for delta in masked])
+    lengths = norms(masked)
     # Squares of small numbers are zero, those of their ratios are not.
     weights = jnp.square(safe_divide(lengths, jnp.max(lengths), 1.0))
     election = Election(vote="mass", tie="positive")

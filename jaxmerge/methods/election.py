@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, get_args
 import jax.numpy as jnp
 from jax import Array
 
-from jaxmerge.numerics import Count, count, safe_divide, sum_all
+from jaxmerge.numerics import Count, count, safe_divide, totals
 from jaxmerge.options import choice, without_effect
 
 Vote = Literal["weighted", "mass", "count"]
@@ -174,6 +174,6 @@ def match_l1(thinned: Array, delta: Array) -> Array:
 
     As mergekit does, nothing is scaled where either norm is below 1e-7.
     """
-    before, after = sum_all(jnp.abs(delta)), sum_all(jnp.abs(thinned))
+    before, after = totals([jnp.abs(delta), jnp.abs(thinned)])
     too_small = (before < 1e-7) | (after < 1e-7)
     return thinned * jnp.where(too_small, 1, safe_divide(before, after))

@@ -10,12 +10,13 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jaxmerge.leafwise import ABSENT, merge_leaves
 from jaxmerge.matrices import MatrixRules, rows_by_scope
 from jaxmerge.methods.election import weighted_sum
-from jaxmerge.numerics import norm, safe_divide, sum_all
+from jaxmerge.numerics import norm, norms, safe_divide, totals
 from jaxmerge.options import (
     Leaf,
     PerLeaf,
@@ -181,31 +182,29 @@ def _along_arc(
     u: Array, v: Array, t: Array, *, farthest: float | Array, nearest: float | Array = 1
 ) -> Array:
     """The great circle from `u` to `v`; a line for cosines outside the two."""
-    (u_unit, u_length), (v_unit, v_length) = _unit(u), _unit(v)
-    angle, _ = _bearing(u_unit, v_unit)
+    lengths = norms([u, v])
+    angle = _angle(safe_divide(u, lengths[0]), safe_divide(v, lengths[1]))
     cosine = jnp.cos(angle)
     flat = (cosine < farthest) | (cosine > nearest) | (jnp.sin(angle) < _ROUNDING)
-    flat |= (u_length == 0) | (v_length == 0)
+    flat |= jnp.any(lengths == 0)
     angle = jnp.where(flat, jnp.pi / 2, angle)
     u_share = jnp.where(flat, 1 - t, jnp.sin((1 - t) * angle) / jnp.sin(angle))
     v_share = jnp.where(flat, t, jnp.sin(t * angle) / jnp.sin(angle))
     return u_share * u + v_share * v
 
 
-def _unit(x: Array) -> tuple[Array, Array]:
-    """The direction of a vector, zero for the zero vector, and its length."""
-    length = norm(x)
-    return safe_divide(x, length), length
+def _angle(u: Array, v: Array) -> Array:
+    """The angle between two vectors of norm 1.
+
+    By their sum and difference: arccos of a cosine near 1 has lost half its digits.
+    """
+    apart, along = totals([jnp.square(u - v), jnp.square(u + v)])
+    return 2 * jnp.arctan2(_root(apart), _root(along))
 
 
-def _bearing(u: Array, v: Array) -> tuple[Array, Array]:
-    """The angle from unit vector `u` to `v`, and the part of `v` across `u`."""
-    cosine = sum_all(u * v)
-    across = v - cosine * u
-    sine = norm(across)
-    # arccos of a cosine near 1 has lost half its digits. Zero vectors have no angle.
-    nowhere = (sine == 0) & (cosine == 0)
-    return jnp.arctan2(sine, jnp.where(nowhere, 1, cosine)), across
+def _root(x: Array) -> Array:
+    """A square root, of what may be negative by rounding, with a slope at zero."""
+    return jnp.where(x <= 0, 0, jnp.sqrt(jnp.where(x <= 0, 1, x)))
 
 
 @register(
@@ -335,37 +334,87 @@ def _mean_on_sphere(
     tolerance: float | Array = 0.0,
 ) -> Array:
     weights = _shares(weights) if normalize else weights
-    units, lengths = zip(*map(_unit, leaves), strict=True)
-    start, length = _unit(weighted_sum(units, weights))
-    present = [jnp.where(n == 0, 0, w) for n, w in zip(lengths, weights, strict=True)]
-    pulls = _shares(present)
+    lengths = norms(leaves)
+    units = [safe_divide(x, length) for x, length in zip(leaves, lengths, strict=True)]
+    length = norm(weighted_sum(units, weights))
+    present = jnp.where(lengths == 0, 0, jnp.stack(weights))
+    start = safe_divide(present, length)
+    if max_steps:
+        pulls = safe_divide(present, jnp.sum(present), present)
+        start = _walk(start, _chords(units), pulls, max_steps, tolerance)
+    scale = weighted_sum(lengths, weights)
+    mean = weighted_sum(units, scale * start)
+    cancelled = length <= _ROUNDING * sum(jnp.abs(w) for w in weights)
+    return jnp.where(cancelled, weighted_sum(leaves, weights), mean)
+
+
+# Every step of a mean stays in the span of the vectors. So it is enough to know how far
+# apart these are: squares of chords tell it, without loss of digits where all are near.
+
+
+def _chords(units: Sequence[Array]) -> Array:
+    """The squared distances between vectors of norm 1, (n, n)."""
+    n = len(units)
+    i, j = np.triu_indices(n, 1)
+    squares = [jnp.square(units[a] - units[b]) for a, b in zip(i, j, strict=True)]
+    if not squares:
+        return jnp.zeros((n, n), units[0].dtype)
+    above = jnp.zeros((n, n), units[0].dtype).at[i, j].set(totals(squares))
+    return above + above.T
+
+
+def _walk(
+    start: Array,
+    chords: Array,
+    pulls: Array,
+    max_steps: int,
+    tolerance: float | Array,
+) -> Array:
+    """Steps on the sphere to where the tangents to all vectors cancel.
+
+    Args:
+        start: how much of each vector is in that of norm 1 to start from, (n,).
+        chords: as `_chords` returns them.
+        pulls: the weight of each vector, (n,), of sum 1.
+        max_steps: how many there are at most.
+        tolerance: no further step is taken after one of this length, in radians.
+
+    Returns:
+        How much there is of each vector in the mean.
+    """
+
+    def inner(a: Array, b: Array) -> Array:
+        """$a^T D b / 2$ with squared chords $D$, in full precision on any device."""
+        return jnp.sum(a[:, None] * chords * b[None]) / 2
 
     def step(state: tuple[Array, Array]) -> tuple[Array, Array]:
         here, _ = state
-        tangent = weighted_sum([_logarithm(here, unit) for unit in units], pulls)
-        angle = norm(tangent)
+        excess = inner(here, here)  # Of the square of the sum of coefficients over 1.
+        root = jnp.sqrt(1 + excess)
+        lack = jnp.where(jnp.sum(here) > 0, -excess / (1 + root), 1 + root)
+        versed = jnp.clip(
+            jnp.sum(chords * here[None], axis=1) / 2 + lack, 0, 2
+        )  # 1 - cos.
+        angles = 2 * jnp.arctan2(_root(versed), _root(2 - versed))
+        sines = _root(versed * (2 - versed))
+        # Vectors that are opposite, as far as can be told, pull nowhere.
+        opposite = 2 - versed < 8 * jnp.finfo(here.dtype).eps
+        forces = pulls * jnp.where(opposite, 0, safe_divide(angles, sines, 1.0))
+        tangent = forces - here * jnp.sum(forces * (1 - versed))
+        angle = _root(jnp.square(jnp.sum(tangent)) - inner(tangent, tangent))
         # jnp.sinc(x) is sin(pi x) / (pi x).
         there = jnp.cos(angle) * here + jnp.sinc(angle / jnp.pi) * tangent
-        return _unit(there)[0], angle
+        norm = _root(jnp.square(jnp.sum(there)) - inner(there, there))
+        return safe_divide(there, norm), angle
 
     def step_unless_done(_: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         return jax.lax.cond(state[1] > tolerance, step, lambda done: done, state)
 
     # A loop of fixed length, unlike one that stops, has a gradient.
-    state = (start, jnp.full_like(length, jnp.inf))
-    mean, _ = jax.lax.fori_loop(0, max_steps, step_unless_done, state)
-    cancelled = length <= _ROUNDING * sum(jnp.abs(w) for w in weights)
-    scale = weighted_sum(lengths, weights)
-    return jnp.where(cancelled, weighted_sum(leaves, weights), scale * mean)
+    state = (start, jnp.full((), jnp.inf, start.dtype))
+    return jax.lax.fori_loop(0, max_steps, step_unless_done, state)[0]
 
 
 def _shares(weights: Sequence) -> list[Array]:
     total = jnp.asarray(sum(weights))
     return [safe_divide(weight, total, weight) for weight in weights]
-
-
-def _logarithm(u: Array, v: Array) -> Array:
-    """The tangent at unit vector `u` that leads to `v`; zero where `v` is opposite."""
-    angle, across = _bearing(u, v)
-    direction, sine = _unit(across)
-    return jnp.where(sine < _ROUNDING, 0, angle) * direction
