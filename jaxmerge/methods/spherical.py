@@ -5,6 +5,7 @@ Karcher, "Riemannian Center of Mass and Mollifier Smoothing", Communications on 
 Applied Mathematics 30, 1977.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -334,16 +335,16 @@ def _mean_on_sphere(
     tolerance: float | Array = 0.0,
 ) -> Array:
     weights = _shares(weights) if normalize else weights
-    lengths = norms(leaves)
+    lengths = list(norms(leaves))
     units = [safe_divide(x, length) for x, length in zip(leaves, lengths, strict=True)]
     length = norm(weighted_sum(units, weights))
-    present = jnp.where(lengths == 0, 0, jnp.stack(weights))
+    present = jnp.where(jnp.stack(lengths) == 0, 0, jnp.stack(weights))
     start = safe_divide(present, length)
     if max_steps:
         pulls = safe_divide(present, jnp.sum(present), present)
         start = _walk(start, _chords(units), pulls, max_steps, tolerance)
     scale = weighted_sum(lengths, weights)
-    mean = weighted_sum(units, scale * start)
+    mean = weighted_sum(units, list(scale * start))
     cancelled = length <= _ROUNDING * sum(jnp.abs(w) for w in weights)
     return jnp.where(cancelled, weighted_sum(leaves, weights), mean)
 
@@ -354,12 +355,10 @@ def _mean_on_sphere(
 
 def _chords(units: Sequence[Array]) -> Array:
     """The squared distances between vectors of norm 1, (n, n)."""
-    n = len(units)
-    i, j = np.triu_indices(n, 1)
-    squares = [jnp.square(units[a] - units[b]) for a, b in zip(i, j, strict=True)]
-    if not squares:
-        return jnp.zeros((n, n), units[0].dtype)
-    above = jnp.zeros((n, n), units[0].dtype).at[i, j].set(totals(squares))
+    squares = [jnp.square(u - v) for u, v in itertools.combinations(units, 2)]
+    above = jnp.zeros((len(units), len(units)), units[0].dtype)
+    if squares:
+        above = above.at[np.triu_indices(len(units), 1)].set(totals(squares))
     return above + above.T
 
 
