@@ -26,7 +26,7 @@ from jaxmerge.slicing import Reader
 WORKERS = 3
 """Threads, each with one leaf."""
 
-_AT_ONCE = 128_000_000  # Bytes that a leaf takes at most, where it comes by rows.
+_AT_ONCE = 48_000_000  # Bytes that a leaf takes at most, where it comes by rows.
 _BLOCK = 1 << 18  # Entries that are looked at together: small enough for the cache.
 _BLOCK_BYTES = 1 << 24  # What is read at a time of leaves that are copied or checked.
 
