@@ -1,5 +1,6 @@
 """The documentation site: `make docs` builds it into build/docs."""
 
+import hashlib
 import os
 import sys
 from pathlib import Path
@@ -34,9 +35,12 @@ exclude_patterns = ["conf.py", "extensions"]
 # Notebooks are Python files with comments between cells; there may be none yet.
 nb_custom_formats = {".py": ["jupytext.reads", {"fmt": "py:percent"}]}
 
-# Every code cell runs, again only when its page has changed, and must not fail.
+# Every code cell runs, again only when its page or the library has changed, and must
+# not fail.
+sources = sorted(Path(jaxmerge.__file__).parent.rglob("*.py"))
+version = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 nb_execution_mode = "cache"
-nb_execution_cache_path = str(HERE.parent / "build" / "docs-cells")
+nb_execution_cache_path = str(HERE.parent / "build" / "docs-cells" / version[:12])
 nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_execution_timeout = 900

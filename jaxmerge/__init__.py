@@ -207,7 +207,17 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 # Modules that are public as a whole, imported on first use like the names.
-_MODULES = ("plots",)
+_MODULES = (
+    "analysis",
+    "checkpoints",
+    "compression",
+    "evaluation",
+    "landscape",
+    "plots",
+    "spectra",
+    "statistics",
+    "tuning",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -352,7 +352,7 @@ def _arrays(base: Array | None, models: Sequence[Array], dtype: Any) -> list[Arr
     arrays = [model.astype(dtype) for model in models]
     if base is None:
         return arrays
-    # Subtracting in bfloat16 would round most small updates to zero.
+    # What follows in bfloat16 would be rounded to three digits, step by step.
     return [array - base.astype(dtype) for array in arrays]
 
 
@@ -379,7 +379,7 @@ def over_units(kernel: Kernel, units: tuple[int, ...]) -> Kernel:
 
 
 def task_vector(base: Params, model: Params) -> Params:
-    """`model - base`, in float32: in bfloat16 a small update rounds to zero.
+    """`model - base`, in float32 or wider.
 
     Returns:
         A tree like `base`; leaves that hold no floating-point numbers come out as
