@@ -4,7 +4,6 @@ Garipov et al., "Loss Surfaces, Mode Connectivity, and Fast Ensembling of DNNs",
 NeurIPS 2018, arXiv:1802.10026, whose plane through three sets of weights this is.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -17,6 +16,8 @@ from jaxmerge.analysis import compare
 from jaxmerge.methods.arithmetic import task_arithmetic
 from jaxmerge.options import whole_number
 from jaxmerge.tree import Params, named_leaves, rebuild
+from jaxmerge.tuning.batching import batch
+from jaxmerge.tuning.sweeping import bytes_of
 
 Score = Callable[[Params], Any]
 """A JAX function from parameters to one number: an accuracy or a loss."""
@@ -64,7 +65,7 @@ def scan_plane(
     names: tuple[str, str, str] = ("base", "A", "B"),
     points: int = 25,
     margin: float = 0.25,
-    chunk: int = 32,
+    memory: int | str = "1GB",
 ) -> Landscape:
     r"""Scores models on a grid of the plane through `base`, `a` and `b`.
 
@@ -81,7 +82,8 @@ def scan_plane(
         names: of `base`, `a` and `b`.
         points: how many points there are along each axis, at least 2.
         margin: how far the grid goes beyond all marks, as a share of its width.
-        chunk: how many models are in memory, and scored, at a time.
+        memory: bytes, or a size such as "4GB", on each device, for models of the grid
+            and what their scores need; as many are scored at a time.
 
     Returns:
         The scores, from one compiled function for the whole grid, and the marks.
@@ -100,7 +102,7 @@ def scan_plane(
     """
     method = "scan_plane"
     whole_number(method, "points", points, least=2)
-    whole_number(method, "chunk", chunk, least=1)
+    bytes_ = bytes_of(method, memory)
     merged = dict(merged or {})
     if len({*names, *merged}) < 3 + len(merged):
         raise ValueError(
@@ -120,7 +122,12 @@ def scan_plane(
     x, y = (_ticks(along, points, margin) for along in places[:, :2].T)
     grid = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
     weights = np.linalg.solve(corners.T, grid.T).T.astype(np.float32)
-    scores = _score_all(base, a, b, weights, score=score, chunk=chunk)
+
+    def score_at(shares: Array) -> Array:
+        merged = task_arithmetic(base, [a, b], weights=[shares[0], shares[1]])
+        return jnp.asarray(score(merged))
+
+    scores = batch(score_at, 2, bytes_).run(jnp.asarray(weights))
     alone = jax.jit(score)
     marks = {}
     everyone = zip([*names, *merged], [base, a, b, *merged.values()], strict=True)
@@ -128,16 +135,6 @@ def scan_plane(
         own = float(alone(rebuild(base, named_leaves(model))))
         marks[name] = Mark(float(along), float(aside), float(off), own)
     return Landscape(x, y, np.asarray(scores).reshape(points, points), marks)
-
-
-@functools.partial(jax.jit, static_argnames=("score", "chunk"))
-def _score_all(
-    base: Params, a: Params, b: Params, weights: Array, *, score: Score, chunk: int
-) -> Array:
-    def score_at(shares: Array) -> Array:
-        return score(task_arithmetic(base, [a, b], weights=[shares[0], shares[1]]))
-
-    return jax.lax.map(score_at, jnp.asarray(weights), batch_size=chunk)
 
 
 def _places(

@@ -7,15 +7,20 @@ from pathlib import Path
 
 import pytest
 
+from jaxmerge import plots
 from jaxmerge.registry import methods
 
 DOCS = Path(__file__).parents[1] / "docs"
 PUBLIC = [
     "jaxmerge",
+    "jaxmerge.analysis",
     "jaxmerge.checkpoints",
     "jaxmerge.compression",
     "jaxmerge.evaluation",
+    "jaxmerge.landscape",
+    "jaxmerge.overlap",
     "jaxmerge.plots",
+    "jaxmerge.spectra",
     "jaxmerge.statistics",
     "jaxmerge.tuning",
 ]
@@ -27,6 +32,16 @@ def resolve(name):
     """The object of a dotted name, whichever part of it is the module."""
     module, _, attribute = name.rpartition(".")
     return getattr(importlib.import_module(module), attribute)
+
+
+def names_in(module):
+    """The public names of a package, or of a module what it defines."""
+    defined = [
+        name
+        for name, thing in vars(module).items()
+        if getattr(thing, "__module__", None) == module.__name__ and name[0] != "_"
+    ]
+    return getattr(module, "__all__", defined)
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +57,18 @@ def test_public_names_are_in_the_reference(module, documented):
     public = importlib.import_module(module)
     missing = [
         name
-        for name in public.__all__
+        for name in names_in(public)
         if name not in WITHOUT_PAGE
         and not any(getattr(public, name) is thing for thing in documented)
     ]
     assert not missing, "add these to a page in docs/api"
+
+
+def test_every_picture_is_shown():
+    text = (DOCS / "plots.md").read_text()
+    cells = re.findall(r"^```\{code-cell\} ipython3\n(.*?)^```", text, re.M | re.S)
+    shown = [re.search(r"^plots\.(\w+)\(", cell, re.MULTILINE) for cell in cells]
+    assert {found[1] for found in shown if found} == set(plots.__all__)
 
 
 def test_registered_methods_have_a_section():

@@ -7,7 +7,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jaxmerge as jm
+from jaxmerge import landscape
 from jaxmerge.landscape import scan_plane
+from jaxmerge.tuning import batching
 
 
 def make_models(number=4):
@@ -45,8 +47,7 @@ def test_against_numpy():
     u = (flat(a) - start) / np.linalg.norm(flat(a) - start)
     v = flat(b) - start - (flat(b) - start) @ u * u
     v /= np.linalg.norm(v)
-    # Chunks of four, of which the last is not full.
-    scan = scan_plane(score, base, a, b, {"other": other}, points=3, chunk=4)
+    scan = scan_plane(score, base, a, b, {"other": other}, points=3)
     expected = [[expected_score(start + x * u + y * v) for x in scan.x] for y in scan.y]
     np.testing.assert_allclose(scan.scores, expected, rtol=1e-5)
     assert list(scan.marks) == ["base", "A", "B", "other"]
@@ -79,13 +80,30 @@ def test_any_mesh(mesh):
     np.testing.assert_allclose(scan.scores, expected.scores, rtol=1e-5)
 
 
+def test_memory_bounds_how_many_are_scored_at_a_time(monkeypatch):
+    trees = make_models(3)
+    together = []
+
+    def batch(*arguments):
+        batched = batching.batch(*arguments)
+        together.append(batched.together)
+        return batched
+
+    monkeypatch.setattr(landscape, "batch", batch)
+    one_by_one = scan_plane(score, *trees, points=3, memory=1)
+    all_at_once = scan_plane(score, *trees, points=3, memory="1GB")
+    assert together[0] == 1
+    assert together[1] >= 9
+    np.testing.assert_allclose(one_by_one.scores, all_at_once.scores, rtol=1e-6)
+
+
 def test_all_points_are_one_compiled_call(compilations):
     trees = make_models(3)
     counts = []
     for points in (2, 3, 6):
         jax.clear_caches()
         compilations.clear()
-        scan_plane(score, *trees, points=points, chunk=3)
+        scan_plane(score, *trees, points=points)
         counts.append(len(compilations))
     assert counts[0] == counts[1] == counts[2]
 
@@ -103,7 +121,7 @@ def test_all_points_are_one_compiled_call(compilations):
         (lambda c: c | {"names": ("A", "A", "B")}, "one occurs twice"),
         (lambda c: c | {"merged": {"A": c["b"]}}, "one occurs twice"),
         (lambda c: c | {"points": 1}, "scan_plane: points"),
-        (lambda c: c | {"chunk": 0}, "scan_plane: chunk"),
+        (lambda c: c | {"memory": "much"}, "scan_plane: memory is"),
     ],
 )
 def test_misuse_is_named(change, message):

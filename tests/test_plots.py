@@ -133,6 +133,25 @@ def test_heat_map_is_the_table(tasks):
     assert f"{100 * table.rows['ties'][0]:.1f}" in texts
 
 
+def test_heat_map_has_tasks_held_out_and_own_after_the_mean():
+    table = ResultTable(
+        ["old", "a", "new", "b"],
+        [0.9, 0.8, 0.7, 1.0],
+        {"ties": [0.6, 0.7, 0.5, 0.8]},
+        held_out=["new"],
+        own=["old"],
+    )
+    figure = plots.heat_map(table)
+    axes = figure.axes[0]
+    titles = [label.get_text() for label in axes.get_xticklabels()]
+    assert titles == ["a", "b", "mean", "new (held out)", "old (own)"]
+    cells = axes.get_images()[0].get_array()
+    np.testing.assert_allclose(cells, [[70, 80, 75, 50, 60], [80, 100, 90, 70, 90]])
+    upright = [line.get_xdata()[0] for line in axes.get_lines()[:-1]]
+    assert sorted(upright) == [1.5, 2.5, 3.5]
+    check_texts(figure)
+
+
 def test_cells_that_were_not_measured_are_empty():
     table = make_table(3)
     table.rows["ties"][1] = np.nan
@@ -149,6 +168,29 @@ def test_several_runs_are_averaged():
     line = plots.radar(both).axes[0].get_lines()[0]
     expected = 100 * runs.mean(0) / table.individual
     np.testing.assert_allclose(line.get_ydata()[:-1], expected)
+    # Each run belongs to the individual models of the same run.
+    paired = both._replace(individual=[[0.8, 0.9, 1.0], [1.0, 0.7, 0.9]])
+    line = plots.radar(paired).axes[0].get_lines()[0]
+    expected = 100 * (runs / paired.individual).mean(0)
+    np.testing.assert_allclose(line.get_ydata()[:-1], expected)
+
+
+@pytest.mark.parametrize(
+    ("worst", "rings"),
+    [(0.75, [76, 82, 88, 94, 100]), (0.02, [20, 40, 60, 80, 100])],
+)
+def test_rings_of_a_radar_are_where_they_say(worst, rings):
+    table = ResultTable(["a", "b", "c"], [1, 1, 1], {"ties": [worst, 0.8, 0.9]})
+    axes = plots.radar(table).axes[0]
+    assert list(axes.get_yticks()) == rings
+    assert [t.get_text() for t in axes.get_yticklabels()] == [f"{r} %" for r in rings]
+
+
+def test_a_radar_of_methods_above_all_individual_models():
+    table = ResultTable(["a", "b", "c"], [0.5] * 3, {"ties": [0.6, 0.55, 0.53]})
+    figure = plots.radar(table)
+    assert figure.axes[0].get_rmin() < 100 < figure.axes[0].get_rmax()
+    assert {"92 %", "100 %"} <= set(check_texts(figure))
 
 
 def test_many_methods_and_long_names_have_room():
@@ -251,6 +293,19 @@ def test_mask_overlap(trees):
     assert {"none", "1 task", "2", "all", "block_10"} <= set(check_texts(figure))
 
 
+def test_the_legend_of_many_masks_is_read_along_its_lines():
+    rng = np.random.default_rng(0)
+    masks = [{"layer": {"kernel": rng.random((8, 8)) < 0.5}} for _ in range(20)]
+    figure = plots.mask_overlap(masks)
+    assert {"none", "1 task", "10", "19", "all"} <= set(check_texts(figure))
+    texts = [t for legend in figure.legends for t in legend.get_texts()]
+    place = {t.get_text(): t.get_window_extent().min for t in texts}
+    assert place["none"][1] == pytest.approx(place["10"][1], abs=5)
+    assert place["11"][1] == pytest.approx(place["all"][1], abs=5)
+    assert place["none"][1] > place["11"][1] + 5
+    assert place["1 task"][0] < place["2"][0] < place["10"][0]
+
+
 def test_singular_spectra(trees, merged):
     base, models = trees
     options = {"panels": "matrix", "only": "block_1/.*"}
@@ -292,6 +347,11 @@ def test_sweep_curves_mark_the_best(best, at):
     assert "scale, 1" in texts
 
 
+def test_whole_scores_have_no_dot():
+    texts = check_texts(plots.sweep_curves([0, 0.5], {"ties": [87.5, 100.0]}))
+    assert "ties: 100 at 0.5" in texts
+
+
 def test_sweeps_with_gaps_and_equal_ends():
     curve = [0.1, 0.5, np.nan]
     figure = plots.sweep_curves([0, 1, 2], {f"method {i}": curve for i in range(8)})
@@ -315,7 +375,8 @@ def test_learned_rules_are_coefficients():
 
 def test_landscape_shows_the_scan_and_marks_models(trees, merged):
     base, (a, b, _) = trees
-    options = {"names": ("start", "cars", "signs"), "points": 4}
+    names = ("start", "cars", "signs")
+    options = {"names": names, "points": 4, "memory": "1MB"}
     figure = plots.landscape(square, base, a, b, merged, **options, label="loss")
     axes = figure.axes[0]
     scan = scan_plane(square, base, a, b, merged, **options)

@@ -105,19 +105,18 @@ def _show(console: Console, table: ResultTable, title: str) -> None:
 
 
 def _draw(table: ResultTable, path: Path) -> None:
-    rows = {**table.rows, "individual": table.individual}
-    everything = table._replace(rows=rows)
+    rows = [*table.rows, "individual"]
     figure = Figure(figsize=(7, 0.8 + 0.36 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     places = np.arange(len(rows))
-    means = [100 * everything.mean(name) for name in rows]
+    means = [100 * table.mean(name) for name in rows]
     axes.barh(places, means, color="#9ecae1", height=0.7)
     for i, task in enumerate(table.tasks):
-        values = [100 * everything.runs(name)[0, i] for name in rows]
+        values = [100 * table.runs(name)[0, i] for name in rows]
         axes.plot(values, places, "osD^vP*X"[i % 8], ms=4.5, label=task, alpha=0.85)
     for place, mean in enumerate(means):
         axes.text(1, place, f"{mean:.1f}", va="center", fontsize=9)
-    axes.set_yticks(places, list(rows))
+    axes.set_yticks(places, rows)
     axes.set_xlim(0, 100)
     axes.set_xlabel("accuracy on test images, % (bar: mean)")
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,8 +1,10 @@
 """Tables of accuracies: models by tasks, absolute and relative to individual models."""
 
 import csv
+import functools
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +20,10 @@ class ResultTable(NamedTuple):
     Runs are repetitions, of other seeds, say. Where there are several, numbers are
     means over them, with the standard deviation of a single run beside. NaN is what was
     not measured.
+
+    Names must not stand for two things: no row is called "individual", and no task or
+    note like another column. What is computed or written of other tables raises
+    ValueError.
 
     Attributes:
         tasks: the names of all tasks, T of them.
@@ -61,6 +67,7 @@ class ResultTable(NamedTuple):
         Raises:
             ValueError: the row has not one accuracy for each task.
         """
+        self._check_names()
         values = self.individual if name == "individual" else self.rows[name]
         runs = np.atleast_2d(np.asarray(values, float))
         if runs.shape[1:] != (len(self.tasks),):
@@ -76,14 +83,7 @@ class ResultTable(NamedTuple):
         Raises:
             ValueError: both have several runs, of different number.
         """
-        runs, individual = self.runs(name), self.runs("individual")
-        if 1 < len(individual) != len(runs) > 1:
-            raise ValueError(
-                f"row {name!r} has {len(runs)} runs, the individual models have "
-                f"{len(individual)}; give as many, or one."
-            )
-        if len(individual) != len(runs):
-            individual = individual.mean(axis=0)
+        runs, individual = self._paired(name)
         return runs / individual
 
     def mean(self, name: str) -> float:
@@ -103,7 +103,10 @@ class ResultTable(NamedTuple):
         return _spread(self._summary(name, summary))
 
     def forgetting(self, name: str) -> float:
-        """By how much a row is below the start on its own tasks, in the mean."""
+        """By how much a row is below the start on its own tasks, in the mean.
+
+        Run by run as in `relative_runs`, with its errors.
+        """
         return _centre(self._forgetting(name))
 
     def relative(self) -> "ResultTable":
@@ -111,6 +114,27 @@ class ResultTable(NamedTuple):
         rows = {name: self.relative_runs(name) for name in self.rows}
         ones = np.ones(len(self.tasks))
         return self._replace(rows=rows, individual=ones)
+
+    def columns(self) -> dict[str, Callable[[str], np.ndarray]]:
+        """The columns of numbers by title, in the order of `cells`.
+
+        Each is a function from the name of a row to its values by run, (runs,).
+        """
+        self._check_names()
+
+        def of(tasks: Sequence[str]) -> dict[str, Callable[[str], np.ndarray]]:
+            return {
+                self._title(task): lambda row, place=place: self.runs(row)[:, place]
+                for task, place in zip(tasks, self._places(tasks), strict=True)
+            }
+
+        columns = of(self.seen)
+        for summary in self.summaries:
+            columns[summary] = functools.partial(self._summary, summary=summary)
+        columns |= of(self.held_out) | of(self.own)
+        if self.own:
+            columns["forgetting"] = self._forgetting
+        return columns
 
     def cells(self) -> list[list[str]]:
         """The table as text: a header, a row per model, the individual models last.
@@ -137,9 +161,12 @@ class ResultTable(NamedTuple):
             | individual | 90.0 | 100.0 | 95.0 | 100.0 | 100.0 |
         """
         styles = {1: "**{}**", 2: "<u>{}</u>"} if marks else {}
-        header, *rows = self._cells(lambda text, rank: _styled(styles, text, rank))
+        header, *rows = self._cells(
+            lambda text, rank: _styled(styles, _as_markdown(text), rank)
+        )
         ruler = "|---|" + "---:|" * (len(header) - 1)
-        lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
+        cells = [[*map(_as_markdown, header)], *rows]
+        lines = ["| " + " | ".join(row) + " |" for row in cells]
         return "\n".join([lines[0], ruler, *lines[1:]])
 
     def latex(self, *, marks: bool = True) -> str:
@@ -182,7 +209,7 @@ class ResultTable(NamedTuple):
 
     def csv(self) -> str:
         """Every run of every row, as fractions in full precision, with all columns."""
-        columns = self._columns()
+        columns = self.columns()
         notes = self._texts()
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
@@ -199,6 +226,7 @@ class ResultTable(NamedTuple):
 
     def json(self) -> str:
         """All of the table, for `from_json`."""
+        self._check_names()
         fields = self._asdict()
         fields["individual"] = _as_lists(self.individual)
         fields["rows"] = {name: _as_lists(row) for name, row in self.rows.items()}
@@ -234,7 +262,7 @@ class ResultTable(NamedTuple):
 
         The rank is 1 for the best, 2 for the next and 0 for all others.
         """
-        columns, notes = self._columns(), self._texts()
+        columns, notes = self.columns(), self._texts()
         names = [*self.rows, "individual"]
         shown = []
         for title, column in columns.items():
@@ -259,22 +287,6 @@ class ResultTable(NamedTuple):
         ]
         first = ["model", *(style(name, 0) for name in names)]
         return [list(row) for row in zip(first, *shown, *said, strict=True)]
-
-    def _columns(self) -> dict[str, Callable[[str], np.ndarray]]:
-        """The columns of numbers by title, from a row's name to its values by run."""
-
-        def task(name: str) -> Callable[[str], np.ndarray]:
-            (place,) = self._places([name])
-            return lambda row: self.runs(row)[:, place]
-
-        columns = {name: task(name) for name in self.seen}
-        for title in self.summaries:
-            columns[title] = lambda row, title=title: self._summary(row, title)
-        columns |= {f"{name} (held out)": task(name) for name in self.held_out}
-        columns |= {f"{name} (own)": task(name) for name in self.own}
-        if self.own:
-            columns["forgetting"] = self._forgetting
-        return columns
 
     def _texts(self) -> dict[str, Mapping[str, str]]:
         """The columns of text by title, those that say something."""
@@ -305,10 +317,40 @@ class ResultTable(NamedTuple):
 
     def _forgetting(self, name: str) -> np.ndarray:
         places = self._places(self.own)
-        runs, start = self.runs(name), self.runs("individual")
-        if len(start) != len(runs):
-            start = start.mean(axis=0, keepdims=True)
+        runs, start = self._paired(name)
         return (start - runs)[:, places].mean(axis=1)
+
+    def _paired(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """The runs of a row, and as many of the individual models or one for all."""
+        runs, individual = self.runs(name), self.runs("individual")
+        if 1 < len(individual) != len(runs) > 1:
+            raise ValueError(
+                f"row {name!r} has {len(runs)} runs, the individual models have "
+                f"{len(individual)}; give as many, or one."
+            )
+        if len(individual) != len(runs):
+            individual = individual.mean(axis=0, keepdims=True)
+        return runs, individual
+
+    def _title(self, task: str) -> str:
+        if task in self.held_out:
+            return f"{task} (held out)"
+        return f"{task} (own)" if task in self.own else task
+
+    def _check_names(self) -> None:
+        if "individual" in self.rows:
+            raise ValueError(
+                "a row is called 'individual', as the individual models are; rename it."
+            )
+        titles = ["model", "run", "data", "forgetting", *self.summaries, *self.notes]
+        titles += map(self._title, [*self.seen, *self.held_out, *self.own])
+        for name, times in (Counter(titles) | Counter(self.tasks)).items():
+            if times > 1:
+                raise ValueError(
+                    f"{name!r} would be the title of {times} columns; give each task "
+                    f"and note a name of its own, other than {', '.join(titles[:4])} "
+                    "and those of the summaries, and let a task be of one kind."
+                )
 
 
 def _centre(runs: np.ndarray) -> float:
@@ -330,6 +372,10 @@ def _text(runs: np.ndarray) -> str:
 
 def _styled(styles: Mapping[int, str], text: str, rank: int) -> str:
     return styles[rank].format(text) if text and rank in styles else text
+
+
+def _as_markdown(text: str) -> str:
+    return text.replace("|", r"\|")
 
 
 def _as_latex(text: str) -> str:

@@ -1,6 +1,7 @@
 """Pictures of tables of accuracies: `jaxmerge.evaluation.ResultTable`."""
 
 import functools
+import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
 
@@ -8,7 +9,6 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from jaxmerge.evaluation import ResultTable
-from jaxmerge.evaluation.tables import Values
 from jaxmerge.plots.canvas import (
     COLOURS,
     INK,
@@ -30,8 +30,9 @@ _CHOOSE = "choose with rows=[...]"
 def radar(table: ResultTable, rows: Sequence[str] | None = None) -> Figure:
     """Accuracy on each task, relative to the task's own model, one line per method.
 
-    The ring at 100 % is the individual models. The centre is not zero but the ten per
-    cent below the worst value: compare distances to the ring, not areas.
+    The ring at 100 % is the individual models. The centre is not zero but the next
+    multiple of ten that is clearly lower than the worst value: compare distances to the
+    ring, not areas.
 
     Args:
         table: of three tasks or more.
@@ -49,8 +50,11 @@ def radar(table: ResultTable, rows: Sequence[str] | None = None) -> Figure:
             "more; take heat_map."
         )
     angles = np.linspace(0, 2 * np.pi, len(table.seen), endpoint=False)
-    shares = {name: _relative(table, name) for name in names}
-    lowest = min(map(min, shares.values()))
+    seen = [i for i, task in enumerate(table.tasks) if task in table.seen]
+    shares = {
+        name: 100 * table.relative_runs(name).mean(axis=0)[seen] for name in names
+    }
+    lowest = min(100.0, *map(min, shares.values()))
     highest = max(100.0, *map(max, shares.values()))
     centre = max(0.0, 10 * np.floor(lowest / 10 - 0.2))
     figure = picture(6.4, 4.6)
@@ -62,7 +66,7 @@ def radar(table: ResultTable, rows: Sequence[str] | None = None) -> Figure:
     around = np.linspace(0, 2 * np.pi, 200)
     axes.plot(around, np.full(200, 100.0), color=INK, lw=1.2, ls=":")
     axes.set_ylim(centre, highest + 0.02 * (highest - centre))
-    rings = np.linspace(centre, 100, 5)[1:]
+    rings = np.linspace(centre, 100, 6)[1:]  # A fifth of tens is a whole number.
     axes.set_yticks(rings, [f"{ring:.0f} %" for ring in rings])
     # Between the two spokes where the lines leave most room.
     means = np.mean(list(shares.values()), axis=0)
@@ -89,7 +93,8 @@ def radar(table: ResultTable, rows: Sequence[str] | None = None) -> Figure:
 def heat_map(table: ResultTable, rows: Sequence[str] | None = None) -> Figure:
     """Accuracy of each method on each task, in per cent, and its mean over tasks.
 
-    The individual models, one for each task, are the last row.
+    Columns are those of the table: the seen tasks and their mean, then tasks held out
+    and the start's own. The individual models, one for each task, are the last row.
 
     Args:
         table: of any number of tasks.
@@ -99,25 +104,29 @@ def heat_map(table: ResultTable, rows: Sequence[str] | None = None) -> Figure:
         ValueError: rows that the table has not got.
     """
     names = [*_rows("heat_map", table, rows), "individual"]
-    everything = _with_individual(table)
-    accuracies = [_accuracies(everything.rows[name]) for name in names]
-    cells = 100 * np.c_[accuracies, [everything.mean(name) for name in names]]
-    columns = [*table.tasks, "mean"]
-    figure = heat_picture(names, columns)
+    columns = table._replace(summaries=["mean"]).columns()
+    if table.own:
+        del columns["forgetting"]  # A difference, on no scale of accuracies.
+    cells = np.array(
+        [[100 * values(name).mean() for values in columns.values()] for name in names]
+    )
+    figure = heat_picture(names, list(columns))
     axes = axes_of(figure)
     limits = (float(np.nanmin(cells)), float(np.nanmax(cells)))
     draw_heat(
         axes,
         cells,
         names,
-        columns,
+        list(columns),
         colours="viridis",
         limits=limits,
         form="{:.1f}",
         label="accuracy, %",
     )
-    # Apart: what is no task, and what is no merge.
-    axes.axvline(len(table.seen) - 0.5, color=INK, linewidth=3)
+    # Apart: tasks of another kind, what is no task, and what is no merge.
+    groups = [len(table.seen), 1, len(table.held_out), len(table.own)]
+    for end in {*itertools.accumulate(groups)} - {len(columns)}:
+        axes.axvline(end - 0.5, color=INK, linewidth=3)
     axes.axhline(len(names) - 1.5, color=INK, linewidth=3)
     return figure
 
@@ -190,8 +199,7 @@ def accuracy_against_bytes(table: ResultTable, nbytes: Mapping[str, int]) -> Fig
         ValueError: names that are no rows, sizes that are not positive, or none.
     """
     method = "accuracy_against_bytes"
-    everything = _with_individual(table)
-    _rows(method, everything, list(nbytes))
+    _rows(method, table, [name for name in nbytes if name != "individual"])
     if not nbytes or min(nbytes.values()) <= 0:
         raise ValueError(
             f"{method}: nbytes is {dict(nbytes)}; give the positive number of bytes of "
@@ -199,7 +207,7 @@ def accuracy_against_bytes(table: ResultTable, nbytes: Mapping[str, int]) -> Fig
         )
     unit, name_of_unit = _unit(max(nbytes.values()))
     points = sorted(
-        (size / unit, 100 * everything.normalised(name), name)
+        (size / unit, 100 * table.normalised(name), name)
         for name, size in nbytes.items()
     )
     figure = picture(6.4, 4.2)
@@ -230,21 +238,6 @@ def _rows(
             f"{', '.join(map(repr, table.rows))}."
         )
     return names
-
-
-def _relative(table: ResultTable, name: str) -> np.ndarray:
-    """Accuracies on the tasks that were merged, in per cent of individual models'."""
-    shares = _accuracies(table.rows[name]) / _accuracies(table.individual)
-    return 100 * shares[[table.tasks.index(task) for task in table.seen]]
-
-
-def _accuracies(values: Values) -> np.ndarray:
-    """Those on each task, (T,): the mean over runs, where there are several."""
-    return np.atleast_2d(np.asarray(values, np.float64)).mean(axis=0)
-
-
-def _with_individual(table: ResultTable) -> ResultTable:
-    return table._replace(rows={**table.rows, "individual": table.individual})
 
 
 def _unit(nbytes: float) -> tuple[float, str]:

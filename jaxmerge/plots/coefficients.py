@@ -71,7 +71,8 @@ def sweep_curves(
         mark = line_style(i, markersize=8, markeredgecolor=INK, linestyle="")
         axes.plot(along[at], heights[at], **mark)
         last = np.flatnonzero(~np.isnan(heights))[-1]
-        title = f"{name}: {heights[at]:#.3g} at {along[at]:.3g}"
+        height = f"{heights[at]:#.3g}".removesuffix(".")
+        title = f"{name}: {height} at {along[at]:.3g}"
         ends.append((along[last], heights[last], title, mark["color"]))
     axes.set_xlabel(value)
     axes.set_ylabel(score)
@@ -132,7 +133,7 @@ def landscape(
     *,
     names: tuple[str, str, str] = ("base", "A", "B"),
     points: int = 25,
-    chunk: int = 32,
+    memory: int | str = "1GB",
     label: str = "score",
 ) -> Figure:
     """The score of all models on the plane through a base and two models.
@@ -143,11 +144,11 @@ def landscape(
 
     Args:
         score: as in `jaxmerge.landscape.scan_plane`, and so are `base`, `a`, `b`,
-            `merged`, `names`, `points`, `chunk` and the errors.
+            `merged`, `names`, `points`, `memory` and the errors.
         label: what the score is called, with its unit.
     """
     scan = scan_plane(
-        score, base, a, b, merged, names=names, points=points, chunk=chunk
+        score, base, a, b, merged, names=names, points=points, memory=memory
     )
     return draw_landscape(scan, label=label)
 

@@ -163,9 +163,12 @@ def mask_overlap(
         left += widths
     axes.set_xlim(0, 100)
     axes.set_xlabel("parameters in the masks of so many tasks, %")
+    # Legends go down their columns; numbers are read along lines.
+    keys, columns = axes.containers, min(11, len(masks) + 1)
     figure.legend(
+        handles=[key for i in range(columns) for key in keys[i::columns]],
         loc="outside upper center",
-        ncols=len(masks) + 1,
+        ncols=columns,
         frameon=False,
         labelcolor=INK,
         fontsize=SIZE,

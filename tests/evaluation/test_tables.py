@@ -94,6 +94,17 @@ def test_the_relative_table_is_in_shares_of_individual_models():
     assert relative.cells()[-1][1:5] == ["100.0"] * 4
 
 
+def test_bars_in_names_are_escaped_in_markdown():
+    notes = {"p|q": {"x|y": "1|2"}}
+    table = ResultTable(["a|b"], [1.0], {"x|y": [0.5]}, notes, summaries=[])
+    assert table.markdown().splitlines() == [
+        r"| model | a\|b | p\|q |",
+        "|---|---:|---:|",
+        r"| x\|y | **50.0** | 1\|2 |",
+        "| individual | 100.0 |  |",
+    ]
+
+
 def test_latex():
     table = TABLE._replace(notes={"scale": {"plain": "10 % & #1_a"}})
     lines = table.latex().splitlines()
@@ -147,5 +158,34 @@ def test_errors():
         TABLE._replace(individual=np.ones((3, 4))).markdown()
     with pytest.raises(ValueError, match=r"'nw', held out .* none of the tasks: a, b"):
         TABLE._replace(held_out=["nw"]).markdown()
+    with pytest.raises(ValueError, match=r"row 'better' has 2 runs, .* 3"):
+        TABLE._replace(individual=np.ones((3, 4))).forgetting("better")
     with pytest.raises(ValueError, match="unknown summary 'median'"):
         TABLE._replace(summaries=["median"]).markdown()
+
+
+@pytest.mark.parametrize("ask", ["markdown", "latex", "cells", "csv", "json"])
+def test_names_stand_for_one_thing(ask):
+    def check(message, **changes):
+        with pytest.raises(ValueError, match=message):
+            getattr(TABLE._replace(**changes), ask)()
+
+    check("row is called 'individual', .* rename it", rows={"individual": [1.0] * 4})
+    for title in ("mean", "norm.", "worst", "forgetting", "data", "model", "run", "b"):
+        tasks = [title, *TASKS[1:]]
+        check(f"'{title}' would be the title of 2 columns; give each", tasks=tasks)
+        if title != "b":
+            check(f"'{title}' would be", notes={title: {"plain": "1"}})
+    check(r"'new \(held out\)' would be", tasks=["new (held out)", *TASKS[1:]])
+    check(r"'new \(held out\)' would be", own=["new", "old"])
+    check("'new' would be", tasks=["new", *TASKS[1:]])
+    # A summary that is not shown leaves its title free.
+    tasks = ["worst", *TASKS[1:]]
+    getattr(TABLE._replace(tasks=tasks, summaries=["mean"]), ask)()
+
+
+def test_tasks_of_equal_names_have_no_numbers():
+    table = ResultTable(["a", "a"], [1, 1], {"x": [0.5, 0.7]})
+    for number in (table.mean, table.normalised, table.worst, table.runs):
+        with pytest.raises(ValueError, match="'a' would be the title of 2 columns"):
+            number("x")
