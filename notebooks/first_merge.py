@@ -126,10 +126,14 @@ models = [train(base, *data["train"][view], sgd) for view in views]
 
 
 # %%
-@functools.partial(jax.jit, static_argnames="part")
-def measure(params, part="test"):
-    accuracies = jaxmerge.evaluate(apply, params, data[part], "accuracy")
-    return jnp.stack([accuracies[view] for view in views])
+def score(params, part="choose"):
+    """The accuracy on each view, by its name."""
+    return jaxmerge.evaluate(apply, params, data[part], "accuracy")
+
+
+def measure(params):
+    """The same on test data, as a row of a table."""
+    return np.array(list(score(params, "test").values()))
 
 
 alone = np.array([measure(model) for model in models])
@@ -149,7 +153,8 @@ plots.heat_map(jaxmerge.ResultTable(list(views), individual, rows))
 #
 # A method is a function of the start and the models, pytrees all of them, and returns a
 # pytree. Some have a coefficient, `scale`, to be chosen on data that are not the test
-# data: `sweep` tries all its values in one compiled call.
+# data: `sweep` tries all its values in one compiled call, and what counts is the mean
+# over the views.
 
 # %%
 scales = grid(scale=np.linspace(0, 1.2, 13).tolist())
@@ -157,7 +162,7 @@ merged = {"average": jaxmerge.average(models)}
 courses, chosen = {}, {}
 for method in (jaxmerge.task_arithmetic, jaxmerge.ties):
     merge = functools.partial(method, base, models)
-    found = jaxmerge.sweep(merge, scales, functools.partial(measure, part="choose"))
+    found = jaxmerge.sweep(merge, scales, score)
     chosen[method.__name__] = found.best
     merged[method.__name__] = merge(**found.best)
     courses[method.__name__] = 100 * found.scores.mean(axis=1)

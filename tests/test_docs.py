@@ -1,5 +1,6 @@
 """The documentation leaves nothing out. `make docs` builds it and runs its cells."""
 
+import ast
 import importlib
 import importlib.util
 import re
@@ -88,6 +89,32 @@ def test_pages_name_what_there_is():
     assert len(named) > 20
     for name in named:
         assert callable(resolve(name)), name
+
+
+def cells():
+    """The code of all cells, by page and number."""
+    fence = re.compile(r"^```\{code-cell\}[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+    pages = {page: fence.findall(page.read_text()) for page in DOCS.rglob("*.md")}
+    for notebook in (DOCS.parent / "notebooks").glob("*.py"):
+        pages[notebook] = re.split(
+            r"^# %%.*$", notebook.read_text(), flags=re.MULTILINE
+        )
+    return {
+        f"{page.name}, cell {i}": code
+        for page, codes in pages.items()
+        for i, code in enumerate(codes)
+    }
+
+
+def test_cells_that_draw_end_with_the_figure():
+    drawing = {
+        name: ast.parse(code)
+        for name, code in cells().items()
+        if re.search(r"\bplots\.\w+\(", code)
+    }
+    assert len(drawing) > 8
+    silent = [n for n, c in drawing.items() if not isinstance(c.body[-1], ast.Expr)]
+    assert not silent, "what they draw is not shown; end them with an expression"
 
 
 def extension(name):

@@ -5,7 +5,7 @@ examples are filled up, and what fills them up does not count.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -70,9 +70,9 @@ def evaluate(
             of tasks. The same function objects are compiled once, for all calls.
         params: a pytree of arrays, on any devices.
         batches: pairs of inputs and labels, pytrees of arrays whose first axis counts
-            examples: one pair, or any iterable of them, which is gone through once. Or
-            a mapping from the names of tasks to such. A batch smaller than the largest
-            one before is filled up, and so not compiled again.
+            examples: one pair, a tuple, or a list or other iterable of them, which is
+            gone through once. Or a mapping from the names of tasks to such. A batch
+            smaller than the largest one before is filled up, and so not compiled again.
         metric: `"accuracy"`, `"cross_entropy"`, or a function of outputs and labels
             that returns a number for each example, (n,); further axes are averaged. Or
             a list of such.
@@ -84,8 +84,9 @@ def evaluate(
         `sweep` over, for example.
 
     Raises:
-        ValueError: unknown metrics, no batches, tasks without a function, leaves of a
-            batch that count examples differently, or a metric of another shape.
+        ValueError: unknown metrics, no batches, batches that are no pairs or come in a
+            tuple, tasks without a function, leaves of a batch that count examples
+            differently, or a metric of another shape.
 
     Example:
         >>> apply = lambda params, x: x @ params["w"]
@@ -98,7 +99,7 @@ def evaluate(
     alone = isinstance(metric, str) or callable(metric)
     metrics = _named([metric] if alone else metric)  # type: ignore[list-item]
     found = {}
-    for task, (run, pairs) in by_task("evaluate", apply, batches).items():
+    for task, (run, pairs) in pairs_by_task("evaluate", apply, batches).items():
         means = _means(task, run, params, pairs, tuple(metrics.values()))
         found[task] = means[0] if alone else dict(zip(metrics, means, strict=True))
     return found if isinstance(batches, Mapping) else found[""]
@@ -113,12 +114,13 @@ def by_task(
         method: the caller's name, for messages.
         apply: a function, or one for each task.
         batches: a batch, an array or a tuple of such, or an iterable of batches; or
-            either by task, where a batch may be a dict as well.
+            either by task, where a batch may be a dict as well. A dict is always taken
+            for tasks, so that a batch that is one, alone, comes in a list.
 
     Raises:
         ValueError: no tasks, or tasks without a function.
     """
-    tasks = batches if isinstance(batches, Mapping) else {"": batches}
+    tasks = _named_tasks(batches)
     if not tasks:
         raise ValueError(
             f"{method}: there are no tasks; give batches for at least one."
@@ -136,6 +138,56 @@ def by_task(
         task: (functions[task], [given] if _is_batch(given) else given)
         for task, given in tasks.items()
     }
+
+
+def pairs_by_task(
+    method: str, apply: Apply | Mapping[str, Apply], batches: Any
+) -> dict[str, tuple[Apply, Iterator[tuple[Any, Any]]]]:
+    """As `by_task`, where a batch is a pair of inputs and labels.
+
+    Raises:
+        ValueError: as `by_task`, or pairs in a tuple; later, in its turn, a batch that
+            is no pair.
+    """
+    for task, given in _named_tasks(batches).items():
+        if isinstance(given, tuple) and _are_pairs(given):
+            raise ValueError(
+                f"{_label(method, task)}: batches are a tuple of pairs; put several "
+                "batches, or one whose inputs and labels are pairs, into a list."
+            )
+    return {
+        task: (run, _pairs(_label(method, task), given))
+        for task, (run, given) in by_task(method, apply, batches).items()
+    }
+
+
+def _pairs(label: str, batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    for i, batch in enumerate(batches):
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise ValueError(
+                f"{label}: batch {i} is no pair of inputs and labels; give (inputs, "
+                "labels), and several such in a list."
+            )
+        yield batch[0], batch[1]
+
+
+def _are_pairs(batch: tuple[Any, ...]) -> bool:
+    """Whether what should be inputs and labels are pairs, all of the same kind."""
+    if not all(isinstance(part, tuple | list) and len(part) == 2 for part in batch):
+        return False
+    kinds = [
+        jax.tree.map(lambda x: (np.shape(x)[1:], jnp.result_type(x)), tuple(part))
+        for part in batch
+    ]
+    return bool(kinds) and all(kind == kinds[0] for kind in kinds)
+
+
+def _named_tasks(batches: Any) -> Mapping[str, Any]:
+    return batches if isinstance(batches, Mapping) else {"": batches}
+
+
+def _label(method: str, task: str) -> str:
+    return f"{method}: task {task!r}" if task else method
 
 
 def _is_batch(given: Any) -> bool:
@@ -164,16 +216,14 @@ def _means(
     task: str,
     apply: Apply,
     params: Params,
-    pairs: Iterable[Any],
+    pairs: Iterator[tuple[Any, Any]],
     metrics: tuple[PerExample, ...],
 ) -> list[Array]:
-    where = f"evaluate: task {task!r}" if task else "evaluate"
+    where = _label("evaluate", task)
     totals = [jnp.zeros(())] * len(metrics)
     examples, size = 0, 0
     for i, batch in enumerate(pairs):
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise ValueError(f"{where}: batch {i} is no pair of inputs and labels.")
-        counts = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(tuple(batch))}
+        counts = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
         if len(counts) != 1 or counts == {()}:
             raise ValueError(
                 f"{where}: batch {i} has leaves whose first axes are of sizes "
@@ -181,7 +231,7 @@ def _means(
             )
         ((count,),) = counts
         size = max(size, count)
-        filled = jax.tree.map(functools.partial(_fill, size=size), tuple(batch))
+        filled = jax.tree.map(functools.partial(_fill, size=size), batch)
         if count:
             totals = _add(params, filled, count, totals, apply=apply, metrics=metrics)
             examples += count

@@ -35,7 +35,9 @@ def grid(**values: Sequence[Any]) -> list[Candidate]:
     if not values:
         raise ValueError("grid: needs at least one option.")
     for name, tried in values.items():
-        if isinstance(tried, str | Mapping) or np.ndim(tried) == 0:
+        # Its values may differ in shape, so that it need not be an array.
+        several = isinstance(tried, Sequence) or getattr(tried, "ndim", 0) > 0
+        if isinstance(tried, str) or not several:
             raise ValueError(f"grid: {name} is {tried!r}; give a list of values.")
         if not len(tried):
             raise ValueError(f"grid: {name} has no values.")

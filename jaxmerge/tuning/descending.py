@@ -12,7 +12,7 @@ then it takes one merge for each coefficient and step.
 import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -27,6 +27,7 @@ from jaxmerge.evaluation.measuring import (
     PerExample,
     by_task,
     cross_entropy,
+    pairs_by_task,
     per_example,
 )
 from jaxmerge.leafwise import check_models, merge_leaves
@@ -40,6 +41,7 @@ Method = Callable[..., Params]
 
 Granularity = Literal["task", "layer"]
 Bounds = tuple[float, float]
+AdaBounds = Bounds | Literal["paper"] | None
 Rules = dict[str, Any]
 
 TASK_VECTORS = "task vectors"
@@ -54,9 +56,11 @@ class Learned(NamedTuple):
         coefficients: rules from leaf paths to what was learned, in float32: (models,)
             or, where the option is one number for all models, a scalar. One rule for
             all leaves, or one for each. `method(base, models, **{option:
-            coefficients})` is `params` again.
-        losses: before each step, (steps,), in float64.
-        option: the option that they are of, or "task vectors" for methods without one.
+            coefficients})` is `params` again, unless `option` is "task vectors".
+        losses: the mean over tasks of the loss on each one's batch before each step,
+            (steps,), in float64.
+        option: the option that they are of, or "task vectors" where these were scaled
+            before the method saw them, for which there is no such call.
     """
 
     params: Params
@@ -77,16 +81,17 @@ def adamerging(
     steps: int = 500,
     learning_rate: float = 1e-3,
     initial: float = 0.3,
-    bounds: Bounds | None = (0.0, 1.0),
+    bounds: AdaBounds = "paper",
 ) -> Learned:
     r"""Learns coefficients that make predictions on unlabelled inputs most certain.
 
-    Minimises $\sum_k \mathrm{mean}_x H(\mathrm{softmax} f_\theta(x))$ over the tasks
-    with Adam, where $\theta = \theta_0 + \sum_k \lambda_k \tau_k$ (task-wise, equation
-    5) or $\theta^l = \theta_0^l + \sum_k \lambda_k^l \tau_k^l$ (layer-wise, equation 6;
-    a layer is a leaf, as in the authors' code). On top of another method, as in
-    AdaMerging++: `method=functools.partial(jaxmerge.ties, vote="mass",
-    aggregate="sum")`.
+    Minimises $\frac{1}{T} \sum_{k=1}^T \mathrm{mean}_x H(\mathrm{softmax}
+    f_\theta(x))$ over the $T$ tasks with Adam (the paper: their sum; Adam's steps
+    hardly depend on which), where $\theta = \theta_0 + \sum_k \lambda_k \tau_k$
+    (task-wise, equation 5) or $\theta^l = \theta_0^l + \sum_k \lambda_k^l \tau_k^l$
+    (layer-wise, equation 6; a layer is a leaf, as in the authors' code). On top of
+    another method, as in AdaMerging++: `method=functools.partial(jaxmerge.ties,
+    vote="mass", aggregate="sum")`.
 
     Args:
         apply: `apply(params, inputs)` returns logits (examples, ..., classes). Tasks
@@ -94,23 +99,26 @@ def adamerging(
         base: $\theta_0$, the shared starting point, a pytree of arrays of any shape.
         models: $\theta_k$, pytrees with the structure and shapes of `base`.
         inputs: by task, a batch of inputs, any pytree of arrays, or a list of batches,
-            which steps take in turn; or those of a single task. Batches of one shape
-            are compiled once. The authors take 16 test images of each task twice per
-            step; to know how a merge generalises, take other inputs than those of the
-            test.
+            which steps take in turn; or those of a single task. A dict is always taken
+            for tasks: the batch of a single task, if it is one, goes into a list.
+            Batches of one shape are compiled once. The authors take 16 test images of
+            each task twice per step; to know how a merge generalises, take other inputs
+            than those of the test.
         granularity: one coefficient for each `"task"`, or for each task and `"layer"`.
         method: `method(base, models, *, ...)`, any registered method of that signature,
             or a function that calls one, as in `lambda base, models, weights:
             jaxmerge.average(models, weights=weights)`.
         option: of the method, what is learned. By default `weights`, one for each
-            model; or else `scale`, one for all; where it has neither, task vectors are
-            scaled before the method sees them. `"task vectors"` chooses that for any
-            method.
+            model; or else `scale`, one for all; where it has neither, or both are fixed
+            by `functools.partial`, task vectors are scaled before the method sees them.
+            `"task vectors"` chooses that for any method.
         steps: how many; 500 in the paper.
         learning_rate: of Adam; 0.001 in the paper, with betas 0.9 and 0.999.
         initial: of all coefficients; 0.3 in the paper.
-        bounds: the interval that coefficients are kept in after each step, as the
-            authors' code does within the model; None for no bounds.
+        bounds: the interval that coefficients are kept in after each step; None for
+            none. `"paper"` is (0, 1), where the authors' code keeps the weights of task
+            vectors, but none for `scale`, which the paper does not learn and which is
+            often best above 1.
 
     Returns:
         Parameters like `base`, in its dtypes and shardings, coefficients and losses.
@@ -133,12 +141,10 @@ def adamerging(
 
     return _learn(
         "adamerging",
-        lambda run: run,
+        by_task("adamerging", apply, inputs),
         loss,
-        apply,
         base,
         models,
-        inputs,
         granularity=granularity,
         method=method,
         option=option,
@@ -166,8 +172,8 @@ def few_shot_coefficients(
 ) -> Learned:
     r"""Learns coefficients that fit a handful of labelled examples.
 
-    Minimises $\sum_k \mathrm{mean}_{(x, y)} \ell(f_\theta(x), y)$ over the tasks with
-    Adam, by gradient through the merge.
+    Minimises $\frac{1}{T} \sum_{k=1}^T \mathrm{mean}_{(x, y)} \ell(f_\theta(x), y)$
+    over the $T$ tasks with Adam, by gradient through the merge.
 
     Args:
         apply: `apply(params, inputs)` returns outputs. Tasks with heads of their own
@@ -202,14 +208,16 @@ def few_shot_coefficients(
         >>> print(found.coefficients[".*"].round(2))
         [0.8]
     """
+    tasks = pairs_by_task("few_shot_coefficients", apply, examples)
     return _learn(
         "few_shot_coefficients",
-        lambda run: lambda params, batch: run(params, batch[0]),
+        {
+            task: (functools.partial(_on_inputs, run), pairs)
+            for task, (run, pairs) in tasks.items()
+        },
         lambda outputs, batch: loss(outputs, batch[1]),
-        apply,
         base,
         models,
-        examples,
         granularity=granularity,
         method=method,
         option=option,
@@ -218,6 +226,10 @@ def few_shot_coefficients(
         initial=initial,
         bounds=bounds,
     )
+
+
+def _on_inputs(run: Apply, params: Params, batch: tuple[Any, Any]) -> Any:
+    return run(params, batch[0])
 
 
 class _Problem(NamedTuple):
@@ -243,12 +255,10 @@ class _Problem(NamedTuple):
 
 def _learn(
     caller: str,
-    forward: Callable[[Apply], Apply],
+    tasks: Mapping[str, tuple[Apply, Iterable[Any]]],
     loss: PerExample,
-    apply: Apply | Mapping[str, Apply],
     base: Params,
     models: Sequence[Params],
-    batches: Any,
     *,
     granularity: Granularity,
     method: Method,
@@ -256,25 +266,26 @@ def _learn(
     steps: int,
     learning_rate: float,
     initial: float,
-    bounds: Bounds | None,
+    bounds: AdaBounds,
 ) -> Learned:
-    """Minimises the mean over tasks of `loss` on what `forward` makes of batches."""
+    """Minimises the mean over tasks of `loss` on outputs and batches."""
     check_models(caller, base, models)
     choice(caller, "granularity", granularity, get_args(Granularity))
     whole_number(caller, "steps", steps, least=1)
     rate = number(caller, "learning_rate", learning_rate, "(0, inf)", static=True)
     initial = number(caller, "initial", initial, static=True)
+    problem = _problem(caller, base, models, granularity, method, option)
+    if isinstance(bounds, str):
+        choice(caller, "bounds", bounds, ("paper",))
+        bounds = None if problem.option == "scale" else (0.0, 1.0)
     if bounds is not None and not bounds[0] <= initial <= bounds[1]:
         raise ValueError(
             f"{caller}: initial is {initial:g}, outside of bounds {bounds}; choose it "
             "between them."
         )
-    tasks = {}
-    for task, (run, given) in by_task(caller, apply, batches).items():
-        tasks[task] = (forward(run), list(given))
-        if not tasks[task][1]:
-            raise ValueError(f"{caller}: task {task!r} has no batches.")
-    problem = _problem(caller, base, models, granularity, method, option)
+    batches = {task: list(given) for task, (_, given) in tasks.items()}
+    if empty := [task for task, given in batches.items() if not given]:
+        raise ValueError(f"{caller}: task {empty[0]!r} has no batches.")
     numbers = len(models) if problem.each else 1
     start = jnp.full((len(problem.paths), numbers), initial, jnp.float32)
     merged = hoist(lambda c: _floats(problem.merge(problem.rules(c)), base), start)
@@ -290,7 +301,7 @@ def _learn(
     step = _step(merged, start, mean_loss, optax.adam(rate), bounds)
     coefficients, state, losses = start, optax.adam(rate).init(start), []
     for i in range(steps):
-        batch = {task: given[i % len(given)] for task, (_, given) in tasks.items()}
+        batch = {task: given[i % len(given)] for task, given in batches.items()}
         value, coefficients, state = step(coefficients, state, batch)
         losses.append(value)
     course = np.array(jax.device_get(losses), float)
@@ -312,7 +323,9 @@ def _problem(
     method: Method,
     option: str | None,
 ) -> _Problem:
-    accepted = inspect.signature(method).parameters
+    fixed = method.keywords if isinstance(method, functools.partial) else {}
+    signature = inspect.signature(method).parameters
+    accepted = [name for name in signature if name not in fixed]
     if next(iter(accepted), "") == "models":
         raise ValueError(
             f"{caller}: method takes no base; wrap it, as in lambda base, models, "
@@ -321,10 +334,15 @@ def _problem(
     if option is None:
         known = (name for name in ("weights", "scale") if name in accepted)
         option = next(known, TASK_VECTORS)
+    elif option in fixed:
+        raise ValueError(
+            f"{caller}: method has {option} fixed by functools.partial; leave it out "
+            "there, or learn another option."
+        )
     elif option != TASK_VECTORS and option not in accepted:
         raise ValueError(
             f"{caller}: method has no option {option!r}; there are "
-            f"{', '.join(list(accepted)[2:]) or 'none'}, and {TASK_VECTORS!r}."
+            f"{', '.join(accepted[2:]) or 'none'}, and {TASK_VECTORS!r}."
         )
     paths = [".*"]
     if granularity == "layer":

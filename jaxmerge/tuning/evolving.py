@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge.checkpoints.files import as_json, sync
-from jaxmerge.options import number, whole_number
+from jaxmerge.options import number, whole_number, without_effect
 from jaxmerge.tuning.candidates import Candidate, Space, fill, intervals_of, numbers
+from jaxmerge.tuning.scoring import Score, mean_score, means_of, table_of
 from jaxmerge.tuning.sweeping import (
     Merge,
-    Score,
     bytes_of,
     check_ends,
     compile_scores,
@@ -28,6 +28,8 @@ from jaxmerge.tuning.sweeping import (
 )
 
 FORMAT = 1
+_MEMORY = "1GB"
+_TOLERANCE = 1e-3
 
 
 class Evolution(NamedTuple):
@@ -59,7 +61,8 @@ def evolve(
     seed: int = 0,
     workers: int | None = None,
     path: str | os.PathLike[str] | None = None,
-    memory: int | str = "1GB",
+    tolerance: float = _TOLERANCE,
+    memory: int | str = _MEMORY,
 ) -> Evolution:
     """Searches coefficients by CMA-ES, from nothing but scores.
 
@@ -69,8 +72,9 @@ def evolve(
     Args:
         merge: `merge(**candidate)` merges, as `functools.partial(jaxmerge.ties, base,
             models)` does, or any function of options.
-        score: `score(params)`, a number or an array of which the mean counts; higher is
-            better, NaN is worst. On validation data, never on test data.
+        score: `score(params)`, a number, or several of which the mean counts, as in
+            `sweep`; higher is better, NaN is worst. On validation data, never on test
+            data.
         space: options by name, with `(low, high)` where a number is to be found: alone,
             in a list of one per model, or in rules.
         generations: how many at most; fewer if CMA-ES sees that it has converged.
@@ -85,8 +89,13 @@ def evolve(
             that they may do anything.
         path: of a file that gets all scores after each generation. If it is there, the
             search goes on from it and ends as if it had never been interrupted; it
-            may also be told to run for more generations.
-        memory: without `workers`, as in `sweep`.
+            may also be told to run for more generations. The file knows the space and
+            the options of the search, but neither models nor data: the best candidate
+            in it is scored again, and another score than before is an error.
+        tolerance: by how much this score may differ, as a fraction of its magnitude
+            plus the median magnitude in the first generation. Scores that are not
+            deterministic need a larger one than rounding does.
+        memory: without `workers`, as in `sweep`; an error with them.
 
     Returns:
         The best candidate of all, and the course of the search.
@@ -94,7 +103,9 @@ def evolve(
     Raises:
         ImportError: cmaes is not installed.
         ValueError: an invalid space or option, options that cannot be traced without
-            `workers`, a file of another search, or no score but NaN.
+            `workers`, a file of another search or of other scores, something else than
+            a score, or no score but NaN.
+        OSError: `path` cannot be written, before anything is scored.
 
     Example:
         >>> import jaxmerge
@@ -112,10 +123,14 @@ def evolve(
     low, high = intervals.T
     whole_number(method, "generations", generations, least=1)
     number(method, "step_size", step_size, "(0, inf)", static=True)
+    number(method, "tolerance", tolerance, "[0, inf)", static=True)
     if population is not None:
         whole_number(method, "population", population, least=2)
     if workers is not None:
         whole_number(method, "workers", workers, least=1)
+        without_effect(method, "memory", memory, _MEMORY, "workers=None")
+    if path is None:
+        without_effect(method, "tolerance", tolerance, _TOLERANCE, "path")
     middle = _position(method, space, initial, intervals)
     score_all = _scorer(method, merge, score, space, intervals, workers, memory)
     search = cma(
@@ -128,7 +143,11 @@ def evolve(
         "step_size": step_size,
         "seed": seed,
     }
-    known = [] if path is None else _read(method, Path(path), settings)
+    known = [] if path is None else _read(method, Path(path), settings)[:generations]
+    if path is not None and not known:
+        # Shows that it can be written before hours go into the first generation.
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        _write(Path(path), settings, [], [])
     asked, scores = [], []
     while len(scores) < generations and not search.should_stop():
         places = np.array([search.ask() for _ in range(search.population_size)])
@@ -137,12 +156,12 @@ def evolve(
             found = _replay(method, path, known[len(scores)], rows)
         else:
             found = score_all(rows)
-        # Only their order counts, and infinities have no differences.
-        costs = np.nan_to_num(-found, nan=_WORST, posinf=_WORST, neginf=-_WORST)
-        search.tell(list(zip(places, costs.tolist(), strict=True)))
+        search.tell(list(zip(places, _costs(found).tolist(), strict=True)))
         asked.append(rows)
         scores.append(found)
-        if path is not None and len(scores) > len(known):
+        if len(scores) == len(known):
+            _score_again(method, path, asked, scores, score_all, tolerance)
+        elif path is not None and len(scores) > len(known):
             _write(Path(path), settings, asked, scores)
     course = np.array(scores)
     if np.isnan(course).all():
@@ -154,6 +173,11 @@ def evolve(
     return Evolution(
         candidates[best[0]][best[1]], float(course[best]), candidates, course
     )
+
+
+def _costs(scores: np.ndarray) -> np.ndarray:
+    """What CMA-ES minimises: only the order counts, infinities have no differences."""
+    return np.nan_to_num(-scores, nan=_WORST, posinf=_WORST, neginf=-_WORST)
 
 
 _WORST = 1e100
@@ -208,10 +232,9 @@ def _scorer(
     """From rows of numbers (population, n) to scores (population,)."""
     ends = [_candidate(space, row) for row in intervals.T]
     if workers is not None:
-        _ = bytes_of(method, memory)
 
         def alone(row: np.ndarray) -> float:
-            return float(np.mean(score(merge(**_candidate(space, row)))))
+            return mean_score(method, score(merge(**_candidate(space, row))))
 
         def in_threads(rows: np.ndarray) -> np.ndarray:
             with ThreadPoolExecutor(workers) as pool:
@@ -229,8 +252,7 @@ def _scorer(
     )
 
     def at_once(rows: np.ndarray) -> np.ndarray:
-        scores = np.asarray(compiled.run(jnp.array(rows)), float)
-        return scores.reshape(len(rows), -1).mean(axis=1)
+        return means_of(table_of(compiled.run(jnp.array(rows))))
 
     return at_once
 
@@ -270,6 +292,32 @@ def _replay(
             "does not draw; give another path."
         )
     return np.array(generation["scores"], float)
+
+
+def _score_again(
+    method: str,
+    path: Any,
+    asked: Sequence[np.ndarray],
+    scores: Sequence[np.ndarray],
+    score_all: Callable[[np.ndarray], np.ndarray],
+    tolerance: float,
+) -> None:
+    """Checks that the best candidate of a file still has its score.
+
+    Nothing else tells models, data and the score from others.
+    """
+    rows, known = np.concatenate(asked), np.concatenate(scores)
+    best = int(np.argmin(_costs(known)))
+    (now,) = score_all(rows[[best]])
+    # The best score may have come close to zero, and what rounds in it has not.
+    begun = np.abs(scores[0][np.isfinite(scores[0])])
+    least = tolerance * float(np.median(begun)) if len(begun) else 0.0
+    if not np.isclose(now, known[best], rtol=tolerance, atol=least, equal_nan=True):
+        raise ValueError(
+            f"{method}: {path} is of other models, data or scores: its best candidate "
+            f"has {known[best]:g} there and {now:g} now; give another path, or a "
+            "larger tolerance if scores are not deterministic."
+        )
 
 
 def _write(

@@ -4,14 +4,15 @@ Wortsman et al., "Model soups: averaging weights of multiple fine-tuned models i
 accuracy without increasing inference time", ICML 2022, arXiv:2203.05482.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from jaxmerge.leafwise import ABSENT, check_models
 from jaxmerge.methods.averaging import average
 from jaxmerge.tree import Params
+from jaxmerge.tuning.scoring import Score, mean_score
 
 
 class Soup(NamedTuple):
@@ -20,8 +21,8 @@ class Soup(NamedTuple):
     Attributes:
         params: the average of its ingredients.
         ingredients: the numbers of the models in it, in the order in which they came.
-        score: of the soup.
-        scores: of every model alone, (models,), in float64.
+        score: of the soup; the mean, if a score is several numbers.
+        scores: so of every model alone, (models,), in float64.
     """
 
     params: Params
@@ -30,7 +31,7 @@ class Soup(NamedTuple):
     scores: np.ndarray
 
 
-def greedy_soup(models: Sequence[Params], score: Callable[[Params], Any]) -> Soup:
+def greedy_soup(models: Sequence[Params], score: Score) -> Soup:
     """Averages models one after the other, as long as that does no harm (Algorithm 1).
 
     The models come in the order of their scores, the best first and of equals the
@@ -41,14 +42,16 @@ def greedy_soup(models: Sequence[Params], score: Callable[[Params], Any]) -> Sou
     Args:
         models: one or more pytrees of arrays with the same structure and shapes: the
             same task from one start, with different settings or seeds, say.
-        score: `score(params)`, a number, on validation data; higher is better. It gets
-            concrete parameters, so that it may be any function.
+        score: `score(params)`, a number, or several of which the mean counts, as in
+            `sweep`; on validation data, higher is better. It gets concrete parameters,
+            so that it may be any function.
 
     Returns:
         The soup, and what went into it. 2 * models - 1 calls of `score`.
 
     Raises:
-        ValueError: no models, trees that are not alike, or a score that is NaN.
+        ValueError: no models, trees that are not alike, or a score that is NaN or no
+            number.
 
     Example:
         >>> models = [{"w": np.float32(x)} for x in (1.0, 9.0, 4.0)]
@@ -59,7 +62,7 @@ def greedy_soup(models: Sequence[Params], score: Callable[[Params], Any]) -> Sou
     check_models("greedy_soup", ABSENT, models)
 
     def scored(params: Params, what: str) -> float:
-        value = float(score(params))
+        value = mean_score("greedy_soup", score(params))
         if np.isnan(value):
             raise ValueError(
                 f"greedy_soup: the score of {what} is NaN; give a number for every "

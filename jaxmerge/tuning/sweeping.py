@@ -13,12 +13,10 @@ from jaxmerge.recipe_syntax import size_in_bytes
 from jaxmerge.tree import Params
 from jaxmerge.tuning.batching import Batched, batch
 from jaxmerge.tuning.candidates import Candidate, fill, numbers
+from jaxmerge.tuning.scoring import Score, checked_score, means_of, table_of
 
 Merge = Callable[..., Params]
 """A merge of given models: from options, by name, to parameters."""
-
-Score = Callable[[Params], Any]
-"""How good parameters are: one number, or several to be averaged. Higher is better."""
 
 
 class Sweep(NamedTuple):
@@ -28,6 +26,7 @@ class Sweep(NamedTuple):
         candidates: all that were tried, as they were given.
         scores: of each, (candidates,), or (candidates, numbers) if a score is several,
             in float64.
+        tasks: the names of these numbers, if a score is a dict; else none.
         best: the candidate with the best mean score, the first of equally good ones:
             `merge(**best)` are its parameters.
         static: the options that cannot be traced, and were compiled value by value.
@@ -36,6 +35,7 @@ class Sweep(NamedTuple):
 
     candidates: list[Candidate]
     scores: np.ndarray
+    tasks: tuple[str, ...]
     best: Candidate
     static: tuple[str, ...]
     together: int
@@ -64,10 +64,11 @@ def sweep(
             models)` does, or any function of options that JAX can trace.
         candidates: dicts of options, from `grid`, `random_set` or your own: numbers,
             one per model, or rules.
-        score: `score(params)`, a number or an array (numbers,) of which the mean
-            counts, one for each task, say; higher is better. JAX must be able to trace
-            it, as it can `evaluate`. It sees validation data, never test data: the best
-            of many scores on test data is no estimate of anything.
+        score: `score(params)`, a number, or several of which the mean counts: an array
+            (numbers,), or a dict of numbers by task, as `evaluate` returns for one
+            metric; higher is better. JAX must be able to trace it, as it can
+            `evaluate`. It sees validation data, never test data: the best of many
+            scores on test data is no estimate of anything.
         memory: bytes, or a size such as "4GB", on each device, for what is computed
             from candidates; as many run at a time. What is computed once for all comes
             on top.
@@ -77,8 +78,8 @@ def sweep(
         candidates are in float32, or in float64 with `jax_enable_x64`.
 
     Raises:
-        ValueError: no candidates, invalid options, a score that is not one number or a
-            row of them or that JAX cannot trace, or no score but NaN.
+        ValueError: no candidates, invalid options, a score that is neither a number nor
+            several or that JAX cannot trace, or no score but NaN.
 
     Example:
         >>> import functools, jaxmerge
@@ -94,27 +95,25 @@ def sweep(
     bytes_ = bytes_of(method, memory)
     static = static_options(merge, candidates)
     results: dict[int, np.ndarray] = {}
+    tasks: tuple[str, ...] = ()
     together = 0
     for members in _groups(candidates, static):
         tried = [candidates[i] for i in members]
         check_ends(method, merge, tried, static)
-        found = compile_scores(method, merge, score, tried[0], static, bytes_)
+        compiled = compile_scores(method, merge, score, tried[0], static, bytes_)
         rows = [row_of(candidate, static) for candidate in tried]
-        results |= zip(members, np.asarray(found.run(jnp.array(rows))), strict=True)
-        together = max(together, min(found.together, len(tried)))
-    scores = np.array([results[i] for i in range(len(candidates))], float)
+        found = compiled.run(jnp.array(rows))
+        tasks = tuple(found) if isinstance(found, Mapping) else ()
+        results |= zip(members, table_of(found), strict=True)
+        together = max(together, min(compiled.together, len(tried)))
+    scores = np.array([results[i] for i in range(len(candidates))])
     means = means_of(scores)
     if np.isnan(means).all():
         raise ValueError(
             f"{method}: all scores are NaN; check score on parameters that are good."
         )
     best = candidates[int(np.nanargmax(means))]
-    return Sweep(candidates, scores, best, static, together)
-
-
-def means_of(scores: np.ndarray) -> np.ndarray:
-    """The mean score of each candidate."""
-    return scores.reshape(len(scores), -1).mean(axis=1)
+    return Sweep(candidates, scores, tasks, best, static, together)
 
 
 def bytes_of(method: str, memory: int | str) -> int:
@@ -186,32 +185,34 @@ def compile_scores(
     memory: int,
 ) -> Batched:
     """The scores of candidates whose static options are those of `like`, by rows."""
-    fixed, traced = _parts(like, static)
+    fixed, traced = _split_static(like, static)
 
-    def score_of(row: Array) -> Array:
-        value = jnp.asarray(score(merge(**fixed, **fill(traced, iter(row)))))
-        if value.ndim > 1 or value.size == 0:
-            raise ValueError(
-                f"{method}: score returns an array of shape {value.shape}; let it "
-                "return one number, or a row of them."
-            )
-        return value
+    def score_of(row: Array) -> Any:
+        return checked_score(method, score(merge(**fixed, **fill(traced, iter(row)))))
 
     try:
         return batch(score_of, len(row_of(like, static)), memory)
-    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
+    except _LOOKS_AT_VALUES:
         raise ValueError(
             f"{method}: score cannot be traced by JAX, as it looks at values; write it "
             "with jax.numpy, or let `evolve` call it with `workers`."
         ) from None
 
 
+_LOOKS_AT_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.NonConcreteBooleanIndexError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
+
+
 def row_of(candidate: Candidate, static: Sequence[str] = ()) -> list[float]:
     """The numbers of a candidate that are traced."""
-    return [float(number) for number in numbers(_parts(candidate, static)[1])]
+    return [float(number) for number in numbers(_split_static(candidate, static)[1])]
 
 
-def _parts(
+def _split_static(
     candidate: Candidate, static: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The options that are compiled in, and those that are traced."""
@@ -229,7 +230,7 @@ def _groups(
     """The places of candidates that one program can serve."""
     groups: dict[Any, list[int]] = {}
     for i, candidate in enumerate(candidates):
-        fixed, traced = _parts(candidate, static)
+        fixed, traced = _split_static(candidate, static)
         structure = fill(traced, itertools.repeat(None))
         groups.setdefault((_key(fixed), _key(structure)), []).append(i)
     return groups.values()
@@ -255,7 +256,7 @@ def check_ends(
     if not np.isfinite(rows).all():
         wrong = int(np.argmin(np.isfinite(rows).all(axis=1)))
         raise ValueError(f"{method}: {tried[wrong]!r} has a number that is not finite.")
-    fixed, traced = _parts(tried[0], static)
+    fixed, traced = _split_static(tried[0], static)
     for ends in (rows.min(axis=0), rows.max(axis=0)):
         options = fill(traced, iter(ends.tolist()))
         jax.eval_shape(lambda options=options: merge(**fixed, **options))

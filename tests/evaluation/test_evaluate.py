@@ -113,6 +113,24 @@ def test_inputs_may_be_any_tree(problem):
     np.testing.assert_allclose(found, oracle(params, inputs, labels)[0], rtol=1e-6)
 
 
+def test_inputs_and_labels_may_be_pairs(problem):
+    params, inputs, labels = problem
+
+    def apply(params, inputs):
+        return linear(params, inputs[0]) * inputs[1][:, None]
+
+    def right(outputs, labels):
+        return (outputs.argmax(axis=1) == labels[0]) * labels[1]
+
+    batch = (inputs, np.ones(23)), (labels, np.ones(23))
+    found = evaluate(apply, params, batch, right)
+    np.testing.assert_allclose(found, oracle(params, inputs, labels)[0], rtol=1e-6)
+    # Pairs that could be batches come in a list.
+    both = (inputs, inputs), (inputs, inputs)
+    same = lambda outputs, labels: outputs == labels[0]  # noqa: E731
+    assert evaluate(lambda _, x: x[0], params, [both], same) == 1
+
+
 def test_low_precision_outputs_are_judged_in_float32():
     logits = jnp.zeros((3, 1000), jnp.bfloat16)
     np.testing.assert_allclose(
@@ -159,6 +177,10 @@ def test_it_can_be_traced(problem):
         ({"metric": ["accuracy", accuracy]}, "two metrics are called 'accuracy'"),
         ({"batches": {"a": [np.ones((3, 8))]}}, "task 'a': batch 0 is no pair"),
         ({"batches": (np.ones((3, 8)), np.ones(2))}, r"of sizes \[\(2,\), \(3,\)\]"),
+        ({"batches": ((np.ones((3, 8)), np.ones(3)),) * 2}, "a tuple of pairs; put"),
+        ({"batches": {"a": ((np.ones((3, 8)), np.ones(3)),) * 3}}, "'a': .* a tuple"),
+        ({"batches": (np.ones((3, 8)),) * 3}, "batch 0 is no pair"),
+        ({"batches": ()}, "batch 0 is no pair"),
         ({"metric": lambda o, y: o.mean()}, r"shape \(\) for 23 examples"),
         ({"apply": {"a": linear}, "batches": {"b": []}}, "no function for 'b'; .* 'a'"),
     ],

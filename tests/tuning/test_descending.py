@@ -110,6 +110,23 @@ def test_task_vectors_are_scaled_for_methods_without_such_an_option(tasks):
         np.testing.assert_allclose(leaf, want[name], atol=1e-6)
 
 
+def test_options_that_are_fixed_are_not_learned(tasks):
+    base, models, inputs = tasks
+    weights = [0.7, 0.2, 0.1]
+    examples = inputs[0], apply(models[0], inputs[0])
+    method = functools.partial(jaxmerge.task_arithmetic, weights=weights)
+    found = learn(tasks, examples, method=method, steps=2)
+    assert found.option == "scale"
+    rows = [found.coefficients[".*"] * np.float32(weights)] * 2
+    want = combine(base, models, rows)
+    for name, leaf in found.params.items():
+        np.testing.assert_allclose(leaf, want[name], atol=1e-5)
+    both = functools.partial(method, scale=0.5)
+    assert learn(tasks, examples, method=both, steps=1).option == "task vectors"
+    with pytest.raises(ValueError, match="method has weights fixed by functools"):
+        learn(tasks, examples, method=method, option="weights")
+
+
 def test_slopes_are_the_same_backwards_and_forwards(tasks):
     _, models, inputs = tasks
     examples = (inputs[0], apply(models[0], inputs[0]))
@@ -168,6 +185,25 @@ def test_coefficients_stay_between_bounds():
         steps=20,
     )
     assert min(free.coefficients[".*"]) > 1
+
+
+def test_one_scale_has_no_bounds_by_default():
+    """Of logits, whose entropy falls with the scale for as long as one looks."""
+    base, models = {"w": jnp.zeros((2, 2))}, [{"w": 3 * jnp.eye(2)}] * 2
+    ends = {
+        option: adamerging(
+            lambda params, x: x @ params["w"],
+            base,
+            models,
+            jnp.eye(2),
+            option=option,
+            learning_rate=0.1,
+            steps=20,
+        ).coefficients[".*"]
+        for option in ("weights", "scale", "task vectors")
+    }
+    assert ends["weights"].tolist() == ends["task vectors"].tolist() == [1, 1]
+    assert ends["scale"] > 1
 
 
 def test_adamerging_plus_plus_scales_trimmed_and_elected_task_vectors(tasks):
@@ -240,6 +276,24 @@ def test_sharded_models(tasks, mesh, method):
         assert leaf.sharding.is_equivalent_to(put(base)[name].sharding, leaf.ndim)
 
 
+def test_examples_that_are_no_pairs_are_refused(tasks):
+    batch = np.ones((4, 8), np.float32), np.ones((4, 4), np.float32)
+    for examples, message in (
+        ({"image": batch[0], "label": batch[1]}, "task 'image': batch 0 is no pair"),
+        ((batch, batch), "a tuple of pairs; put several batches"),
+    ):
+        with pytest.raises(ValueError, match=f"^few_shot_coefficients: .*{message}"):
+            learn(tasks, examples)
+
+
+def test_a_lone_batch_that_is_a_dict_goes_into_a_list(tasks):
+    base, models, inputs = tasks
+    run = lambda params, batch: apply(params, batch["x"])  # noqa: E731
+    found = adamerging(run, base, models, [{"x": inputs[0]}], steps=1)
+    want = adamerging(apply, base, models, inputs[0], steps=1)
+    np.testing.assert_array_equal(found.losses, want.losses)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -250,6 +304,7 @@ def test_sharded_models(tasks, mesh, method):
         ({"apply": {"a": apply}, "inputs": {"b": [1]}}, "no function for 'b'"),
         ({"granularity": "block"}, "granularity is 'block'"),
         ({"steps": 0}, "steps is 0"),
+        ({"bounds": "none"}, "bounds is 'none'; it must be one of 'paper'"),
         ({"learning_rate": 0.0}, "learning_rate is 0; it must be in"),
         ({"initial": 1.5}, r"initial is 1.5, outside of bounds \(0.0, 1.0\)"),
         ({"method": jaxmerge.average}, "method takes no base; wrap it"),

@@ -1,5 +1,6 @@
 """Evolution: a known optimum, and the same search whether interrupted or not."""
 
+import contextlib
 import functools
 import json
 import sys
@@ -90,9 +91,15 @@ def test_a_resumed_search_is_the_same_as_one_without_a_break(merge, tmp_path):
     resumed = evolve(merge, slow, SPACE, generations=6, workers=1, path=path)
     assert resumed.candidates == undisturbed.candidates
     np.testing.assert_array_equal(resumed.scores, undisturbed.scores)
-    # It is asked no more once it is done, and may be told to go on.
-    never = lambda params: 1 / 0  # noqa: E731
-    again = evolve(merge, never, SPACE, generations=6, workers=1, path=path)
+    # It is asked once more when it is done, and may be told to go on.
+    asked = []
+
+    def once(params):
+        asked.append(params)
+        return slow(params)
+
+    again = evolve(merge, once, SPACE, generations=6, workers=1, path=path)
+    assert len(asked) == 1
     assert again.best == undisturbed.best
     longer = search(merge, generations=8, path=tmp_path / "whole.json")
     np.testing.assert_array_equal(longer.scores[:6], whole.scores)
@@ -116,6 +123,68 @@ def test_files_of_other_searches_are_refused(merge, tmp_path):
     path.write_text("[]")
     with pytest.raises(ValueError, match="holds no search"):
         search(merge, path=path)
+
+
+def test_files_with_scores_of_other_models_are_refused(merge, tmp_path):
+    path = tmp_path / "state.json"
+    search(merge, generations=2, path=path)
+    base, models = merge.args
+    other = functools.partial(
+        merge.func, base, [{**models[0], "a": 2 * models[0]["a"]}, models[1]]
+    )
+    # A candidate that is far worse than others makes nothing laxer.
+    content = json.loads(path.read_text())
+    content["generations"][1]["scores"][-1] = -1e9
+    path.write_text(json.dumps(content))
+    stored = search(merge, generations=2, path=path)
+    for options in ({}, {"workers": 1}):
+        before = path.read_text()
+        with pytest.raises(ValueError, match="of other models, data or scores: its"):
+            search(other, generations=3, path=path, **options)
+        assert path.read_text() == before
+    assert search(merge, generations=2, path=path).best == stored.best
+    # Scores that jump about have a way through.
+    noise = iter(np.linspace(0.1, 0.2, 99))
+    noisy = lambda params: float(score(params)) + next(noise)  # noqa: E731
+    how = {"generations": 2, "workers": 1, "path": path}
+    with pytest.raises(ValueError, match="a larger tolerance if scores are not"):
+        evolve(merge, noisy, SPACE, **how)
+    found = evolve(merge, noisy, SPACE, **how, tolerance=1.0)
+    np.testing.assert_array_equal(found.scores, stored.scores)
+
+
+@pytest.mark.parametrize("useless", [np.nan, -np.inf])
+def test_a_search_goes_on_from_useless_candidates(merge, tmp_path, useless):
+    # A generation, its best candidate once more, and the next generation.
+    scores = iter([useless] * 8 + [useless] + [1.0] * 8)
+    how = {"workers": 1, "path": tmp_path / "state.json"}
+    with contextlib.suppress(ValueError):  # All scores are NaN.
+        evolve(merge, lambda params: next(scores), SPACE, generations=1, **how)
+    found = evolve(merge, lambda params: next(scores), SPACE, generations=2, **how)
+    assert found.best_score == 1
+
+
+def test_whether_a_file_can_be_written_is_known_before_anything_is_scored(
+    merge, tmp_path
+):
+    def never(params):
+        raise AssertionError("scored")
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        evolve(merge, never, SPACE, workers=1, path=tmp_path / "file" / "state.json")
+    search(merge, generations=1, path=tmp_path / "new" / "folder" / "state.json")
+    assert (tmp_path / "new" / "folder" / "state.json").exists()
+
+
+def test_a_score_may_be_a_dict_by_task(merge):
+    def by_task(params):
+        return {"x": 2 * score(params), "a": jnp.zeros(())}
+
+    traced = search(merge, generations=2)
+    for options in ({}, {"workers": 1}):
+        found = evolve(merge, by_task, SPACE, generations=2, **options)
+        np.testing.assert_allclose(found.scores, traced.scores, rtol=1e-5)
 
 
 def test_useless_candidates_do_no_harm(merge):
@@ -148,6 +217,9 @@ def test_one_number_and_where_to_begin():
         ({"workers": 0}, "workers is 0"),
         ({"step_size": -1}, "step_size is -1"),
         ({"memory": "lots"}, "memory is 'lots'"),
+        ({"memory": "2GB", "workers": 1}, "memory has no effect without workers=None"),
+        ({"tolerance": 0.1}, "tolerance has no effect without path"),
+        ({"tolerance": -1.0}, "tolerance is -1"),
         ({"initial": {"scale": 1}}, "give a candidate of the space"),
         (
             {"space": {"scale": (0, 1)}, "initial": {"scale": 3}},

@@ -26,6 +26,19 @@ def test_models_that_do_harm_stay_out():
     assert soup.scores.tolist() == [-2, -6, -1]
 
 
+def test_a_score_may_be_several_numbers_of_which_the_mean_counts():
+    models = models_of(1, 9, 4)
+    goals = {"a": 2.0, "b": 5.0}
+    by_task = lambda params: {t: -abs(params["w"] - x) for t, x in goals.items()}  # noqa: E731
+    row = lambda params: list(by_task(params).values())  # noqa: E731
+    mean = lambda params: sum(row(params)) / 2  # noqa: E731
+    want = jaxmerge.greedy_soup(models, mean)
+    for score in (by_task, row):
+        soup = jaxmerge.greedy_soup(models, score)
+        assert soup.ingredients == want.ingredients
+        assert soup.scores.tolist() == want.scores.tolist()
+
+
 def test_equals_come_in_order_and_stay():
     soup = jaxmerge.greedy_soup(models_of(5, 6, 7), lambda params: 1.0)
     assert soup.ingredients == [0, 1, 2]

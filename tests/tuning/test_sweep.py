@@ -128,6 +128,24 @@ def test_scores_of_several_tasks_are_kept_and_averaged(merge):
     assert found.best_score == pytest.approx(found.scores.mean(axis=1).max())
 
 
+def test_a_score_may_be_what_evaluate_returns_for_several_tasks(merge):
+    rng = np.random.default_rng(1)
+    apply = lambda params, x: x @ params["kernel"] + params["bias"][None]  # noqa: E731
+    data = {
+        task: (np.float32(rng.normal(size=(20, 16))), rng.integers(0, 8, 20))
+        for task in ("later", "earlier")
+    }
+    by_task = lambda params: jaxmerge.evaluate(apply, params, data, "accuracy")  # noqa: E731
+    candidates = grid(scale=[0.0, 0.5, 1.0], vote=["mass", "count"])
+    found = sweep(merge, candidates, by_task)
+    assert found.tasks == ("later", "earlier")
+    each = [by_task(merge(**candidate)) for candidate in candidates]
+    want = [[float(row[task]) for task in data] for row in each]
+    np.testing.assert_allclose(found.scores, want, rtol=1e-6)
+    assert found.best == candidates[int(np.argmax(np.mean(want, axis=1)))]
+    assert sweep(merge, candidates[:1], score).tasks == ()
+
+
 def test_the_best_is_the_first_of_equals_and_never_nan(merge):
     base = merge.args[0]["kernel"]
 
@@ -149,6 +167,14 @@ def test_known_optimum():
         merge, grid(weights=weights), lambda p: -jnp.sum((p["w"] - goal) ** 2)
     )
     assert found.best["weights"] == pytest.approx([0.3, 0.8])
+
+
+def test_values_of_an_option_may_differ_in_kind(merge):
+    weights = [None, [0.1, 0.9, 0.0], {".*": [1.0, 2.0, 3.0]}]
+    candidates = grid(weights=weights)
+    assert [candidate["weights"] for candidate in candidates] == weights
+    found = sweep(merge, candidates[1:], score)
+    np.testing.assert_allclose(found.scores, loop(merge, candidates[1:]), rtol=1e-6)
 
 
 def test_grid_and_random_set():
@@ -177,6 +203,8 @@ def test_grid_and_random_set():
         (lambda: grid(), "grid: needs at least one option"),
         (lambda: grid(scale=0.3), "grid: scale is 0.3; give a list"),
         (lambda: grid(vote="mass"), "grid: vote is 'mass'; give a list"),
+        (lambda: grid(scale={".*": 1}), r"grid: scale is \{'.\*': 1\}; give a list"),
+        (lambda: grid(scale=np.float32(1)), "grid: scale is .*; give a list"),
         (lambda: grid(scale=[]), "grid: scale has no values"),
         (lambda: random_set({}, 3), "random_set: the space is empty"),
         (lambda: random_set({"a": 1}, 3), r"a has 1 in its space; give \(low, high\)"),
@@ -206,6 +234,16 @@ def test_errors_of_candidates(call, message):
         (
             [{"scale": 1.0}],
             {"score": lambda p: float(p["bias"][0])},
+            "cannot be traced",
+        ),
+        (
+            [{"scale": 1.0}],
+            {"score": lambda p: [1.0, 2.0][p["bias"][0].astype(int)]},
+            "cannot be traced",
+        ),
+        (
+            [{"scale": 1.0}],
+            {"score": lambda p: p["bias"][p["bias"] > 0].sum()},
             "cannot be traced",
         ),
         (
