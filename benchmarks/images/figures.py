@@ -67,7 +67,8 @@ def _draw_comparisons(judged: Sequence[Judged]) -> Any:
     names = [f"{one.comparison.above} above {one.comparison.below}" for one in judged]
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xlabel("difference of mean test accuracies, points (bar: standard error)")
+    axes.plot([], [], color=INK, lw=5, alpha=0.25, label="± standard error")
+    axes.set_xlabel("difference of mean test accuracies, points")
     _key(figure)
     return figure
 
@@ -84,6 +85,8 @@ def _draw_preservation(runs: Runs) -> Any:
         style = line_style(seed, linestyle="", label=f"seed {seed}")
         axes.plot(missed, relative, **style)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel("missed of the change of features (0: all preserved, 1: start)")
     axes.set_ylabel("accuracy, % of individual models (mean of tasks)")
     _key(figure)

@@ -155,12 +155,13 @@ def _matching(deep: Sequence[Mapping[str, Any]], resolution: float) -> str:
     ]
     by_seed = np.mean(ends, axis=0)
     said = verdict(by_seed, resolution)
-    steps = " | ".join(f"{step} steps" for step in STEPS)
+    steps = " | ".join(map(str, (0, *STEPS)))
     return "\n\n".join(
         [
             "## MaTS depends on where it starts and how many steps it takes",
-            "Mean test accuracy, %, the mean over seeds, by metric and start.",
-            f"| metric, start | 0 steps | {steps} |\n|---|{'---|' * (1 + len(STEPS))}\n"
+            "Mean test accuracy, %, the mean over seeds, by metric and start, after so "
+            "many steps.",
+            f"| metric, start | {steps} |\n|---|{'---|' * (1 + len(STEPS))}\n"
             + "\n".join(rows),
             f"After {STEPS[-1]} steps, the ends from different starts are "
             f"{', '.join(f'{100 * value:.1f}' for value in by_seed)} points apart, by "
@@ -184,7 +185,7 @@ def _linearity(deep: Sequence[Mapping[str, Any]]) -> str:
         for kind, share in wins.items()
     )
     overall = verdict([share - 0.5 for share in wins.values()], 0.25)
-    rows = "\n".join(f"| {kind} | {means[kind].mean():.4f} |" for kind in kinds)
+    rows = "\n".join(f"| {kind} | {means[kind].mean():.1e} |" for kind in kinds)
     return "\n\n".join(
         [
             "## Submodules are more linear than the whole model",
