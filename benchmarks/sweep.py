@@ -26,7 +26,6 @@ from jaxmerge.tuning.sweeping import compile_scores
 CASES = (
     ("task_arithmetic", 64),
     ("ties", 64),
-    ("tsv_merge", 64),
     ("task_arithmetic", 1024),
     ("ties", 1024),
 )
