@@ -392,9 +392,12 @@ def norms(arrays: Sequence[Array]) -> Array:
     scale = jnp.where((most > 0) & jnp.isfinite(most), most, 1)
     shares = jnp.where(largest == 0, 0, scales / scale)
     total = jnp.sum(squares * jnp.square(shares), axis=0)
-    # The slope of a square root at zero is infinite.
-    roots = jnp.where(total == 0, 0, jnp.sqrt(jnp.where(total == 0, 1, total)))
-    return scale[0] * roots
+    return scale[0] * root(total)
+
+
+def root(x: Array) -> Array:
+    """A square root, of what may be negative by rounding, with a slope at zero."""
+    return jnp.where(x <= 0, 0, jnp.sqrt(jnp.where(x <= 0, 1, x)))
 
 
 def totals(arrays: Sequence[Array]) -> Array:

@@ -17,7 +17,7 @@ from jax import Array
 from jaxmerge.leafwise import ABSENT, merge_leaves
 from jaxmerge.matrices import MatrixRules, rows_by_scope
 from jaxmerge.methods.election import weighted_sum
-from jaxmerge.numerics import norm, norms, safe_divide, totals
+from jaxmerge.numerics import norm, norms, root, safe_divide, totals
 from jaxmerge.options import (
     Leaf,
     PerLeaf,
@@ -200,12 +200,7 @@ def _angle(u: Array, v: Array) -> Array:
     By their sum and difference: arccos of a cosine near 1 has lost half its digits.
     """
     apart, along = totals([jnp.square(u - v), jnp.square(u + v)])
-    return 2 * jnp.arctan2(_root(apart), _root(along))
-
-
-def _root(x: Array) -> Array:
-    """A square root, of what may be negative by rounding, with a slope at zero."""
-    return jnp.where(x <= 0, 0, jnp.sqrt(jnp.where(x <= 0, 1, x)))
+    return 2 * jnp.arctan2(root(apart), root(along))
 
 
 @register(
@@ -389,22 +384,21 @@ def _walk(
     def step(state: tuple[Array, Array]) -> tuple[Array, Array]:
         here, _ = state
         excess = inner(here, here)  # Of the square of the sum of coefficients over 1.
-        root = jnp.sqrt(1 + excess)
-        lack = jnp.where(jnp.sum(here) > 0, -excess / (1 + root), 1 + root)
-        versed = jnp.clip(
-            jnp.sum(chords * here[None], axis=1) / 2 + lack, 0, 2
-        )  # 1 - cos.
-        angles = 2 * jnp.arctan2(_root(versed), _root(2 - versed))
-        sines = _root(versed * (2 - versed))
+        total = jnp.sqrt(1 + excess)
+        lack = jnp.where(jnp.sum(here) > 0, -excess / (1 + total), 1 + total)
+        # Of the angles to all vectors, 1 - cos.
+        versed = jnp.clip(jnp.sum(chords * here[None], axis=1) / 2 + lack, 0, 2)
+        angles = 2 * jnp.arctan2(root(versed), root(2 - versed))
+        sines = root(versed * (2 - versed))
         # Vectors that are opposite, as far as can be told, pull nowhere.
         opposite = 2 - versed < 8 * jnp.finfo(here.dtype).eps
         forces = pulls * jnp.where(opposite, 0, safe_divide(angles, sines, 1.0))
         tangent = forces - here * jnp.sum(forces * (1 - versed))
-        angle = _root(jnp.square(jnp.sum(tangent)) - inner(tangent, tangent))
+        angle = root(jnp.square(jnp.sum(tangent)) - inner(tangent, tangent))
         # jnp.sinc(x) is sin(pi x) / (pi x).
         there = jnp.cos(angle) * here + jnp.sinc(angle / jnp.pi) * tangent
-        norm = _root(jnp.square(jnp.sum(there)) - inner(there, there))
-        return safe_divide(there, norm), angle
+        length = root(jnp.square(jnp.sum(there)) - inner(there, there))
+        return safe_divide(there, length), angle
 
     def step_unless_done(_: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         return jax.lax.cond(state[1] > tolerance, step, lambda done: done, state)
