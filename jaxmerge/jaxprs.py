@@ -33,16 +33,11 @@ LAPACK = frozenset(
 
 CHECKPOINTS = frozenset({"checkpoint", "remat", "remat2"})
 
-CALLS = CHECKPOINTS | {
-    "call",
-    "closed_call",
-    "core_call",
-    "custom_jvp_call",
-    "custom_vjp_call",
-    "jit",
-    "pjit",
-}
-"""Primitives that run one jaxpr once, on their operands."""
+OPEN_CALLS = frozenset({"call", "closed_call", "core_call", "jit", "pjit"})
+"""Primitives that do no more than to run one jaxpr once, on their operands."""
+
+CALLS = OPEN_CALLS | CHECKPOINTS | {"custom_jvp_call", "custom_vjp_call"}
+"""The same, and those that have a derivative of their own, or are rematerialised."""
 
 SAME = frozenset(
     {

@@ -34,6 +34,7 @@ from jaxmerge.matrices import (
 )
 from jaxmerge.options import Leaf, PerLeaf, choice, per_leaf
 from jaxmerge.tree import Params, is_float, named_leaves, rebuild
+from jaxmerge.turns import Number, done_with, wait
 
 Others = Literal["average", "task_arithmetic", "base"]
 
@@ -257,7 +258,7 @@ def merge_matrices(
         axes=axes,
         beside=beside,
     )
-    merged, reports = {}, {}
+    merged, reports, done = {}, {}, None
     for paths in plan.groups():
         run = functools.partial(
             _merge_group,
@@ -274,7 +275,7 @@ def merge_matrices(
             for i, path in enumerate(paths):
                 merged[path] = Whole(together, i, plan.leaves[path])
             continue
-        results, told = run(*arguments)
+        results, told, done = run(*arguments, done=done)
         merged |= dict(zip(paths, results, strict=True))
         reports |= dict(zip(paths, told, strict=True))
     return rebuild(plan.base, plan.leaves | merged | merge_others(plan)), reports
@@ -296,10 +297,11 @@ def map_task_matrices(
         By path, the result for each fused part (one, for most leaves), with leading
         axes for stacked layers.
     """
-    results = {}
+    results, done = {}, None
     for paths in plan.groups():
-        told = _map_group(
+        told, done = _map_group(
             *plan.arguments(paths),
+            done=done,
             layouts=tuple(plan.layouts[path] for path in paths),
             kernel=kernel,
             choices=tuple(sorted(choices.items())),
@@ -344,12 +346,22 @@ def _add_up(deltas: Sequence[Array], *, scale: Array, divide: bool) -> Array:
 
 @functools.partial(jax.jit, static_argnames=("layouts", "targets", "kernel", "choices"))
 def _merge_group(
-    bases, models, beside, *, scales, numbers, layouts, targets, kernel, choices
+    bases,
+    models,
+    beside,
+    *,
+    done=None,
+    scales,
+    numbers,
+    layouts,
+    targets,
+    kernel,
+    choices,
 ):
     def merge(bases, models, beside, scales, numbers):
         bound = functools.partial(kernel, **numbers, **dict(choices))
         spec = _spec_of_stack(layouts, targets)
-        results = _map_leaves(bound, bases, models, beside, layouts, spec)
+        results, last = _map_leaves(bound, bases, models, beside, layouts, done, spec)
         merged = []
         for i, (parts, at) in enumerate(zip(results, layouts, strict=True)):
             matrix = jnp.concatenate([m for m, _ in parts], axis=-2)
@@ -359,11 +371,14 @@ def _merge_group(
             else:
                 leaf = _add(bases[i], matrix, scales[i], at.axes)
             merged.append(leaf)
-        return merged, [_tell([told for _, told in parts]) for parts in results]
+        told = [_tell([told for _, told in parts]) for parts in results]
+        return merged, told, last
 
-    run = sharding.auto(merge, like=(bases or models[0], jnp.zeros(())))
-    results, told = run(bases, models, beside, scales, numbers)
-    return [sharding.keep(*pair) for pair in zip(results, targets, strict=True)], told
+    like = bases or models[0], jnp.zeros(()), jnp.zeros(())
+    run = sharding.auto(merge, like=like)
+    results, *rest = run(bases, models, beside, scales, numbers)
+    kept = [sharding.keep(*pair) for pair in zip(results, targets, strict=True)]
+    return kept, *rest
 
 
 def _merged(run: Callable[..., Any]) -> Callable[..., list[Array]]:
@@ -378,10 +393,10 @@ def _tell(of_parts: list[Any]) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames=("layouts", "kernel", "choices"))
-def _map_group(bases, models, beside, *, layouts, kernel, choices):
+def _map_group(bases, models, beside, *, done, layouts, kernel, choices):
     def run(bases, models, beside):
         bound = functools.partial(kernel, **dict(choices))
-        return _map_leaves(bound, bases, models, beside, layouts)
+        return _map_leaves(bound, bases, models, beside, layouts, done)
 
     return sharding.auto(run, like=jnp.zeros(()))(bases, models, beside)
 
@@ -398,11 +413,14 @@ def _map_leaves(
     models: Sequence[Sequence[Array]],
     beside: Sequence[Any],
     layouts: Sequence[Layout],
+    done: Number,
     spec: PartitionSpec | None = None,
-) -> list[list[Any]]:
+) -> tuple[list[list[Any]], Number]:
     """The results of `kernel` for each leaf and part, with stacked axes in front.
 
-    The joined stack (layers, outputs, inputs) is sharded by `spec`, if that is known.
+    They wait for `done`; with them comes the number that others wait for. On a mesh
+    they do not, as that would be communication. The joined stack (layers, outputs,
+    inputs) is sharded by `spec`, if that is known.
     """
     dtype = wide(models[0][0].dtype if bases is None else bases[0].dtype)
 
@@ -431,19 +449,18 @@ def _map_leaves(
         return kernel(values[: len(models)], **options)
 
     cuts = itertools.pairwise(itertools.accumulate(layouts[0].parts, initial=0))
-    of_parts = [
-        map_matrices(
-            call, *(stack[:, slice(*cut)] for stack in stacks), *further, spec=spec
-        )
-        for cut in cuts
-    ]
+    of_parts = []
+    for cut in cuts:
+        own = [wait(stack[:, slice(*cut)], done) for stack in stacks]
+        of_parts.append(map_matrices(call, *own, *further, spec=spec))
+        done = None if sharding.mesh_of(*own) else done_with(of_parts[-1])
     results, start = [], 0
     for leaf, at in zip(models[0], layouts, strict=True):
         stacked = tuple(leaf.shape[axis] for axis in at.axes.stack)
         rows = slice(start, start := start + int(np.prod(stacked)))
         take = lambda x, r=rows, s=stacked: x[r].reshape(*s, *x.shape[1:])  # noqa: E731
         results.append([jax.tree.map(take, part) for part in of_parts])
-    return results
+    return results, done
 
 
 def _spec_of_stack(

@@ -53,16 +53,16 @@ class Settings(NamedTuple):
 
     tasks: int = 7
     head_examples: int = 5
-    steps: int = 200
+    steps: int = 100
     batch: int = 32
     rate: float = 5e-5
-    validation: int = 96
-    test: int = 400
-    unlabelled: int = 128
+    validation: int = 48
+    test: int = 200
+    unlabelled: int = 64
     samples: int = 30
-    adapting: int = 60
+    adapting: int = 40
     wudi: int = 300
-    scales: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0)
+    scales: tuple[float, ...] = (0.2, 0.4, 0.7, 1.0, 1.6, 3.0)
 
 
 QUICK = Settings(

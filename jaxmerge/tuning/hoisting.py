@@ -12,7 +12,16 @@ from typing import Any, NamedTuple
 import jax
 from jax import Array
 
-from jaxmerge.jaxprs import Body, Equation, bind, body_of, called, inside, is_literal
+from jaxmerge.jaxprs import (
+    OPEN_CALLS,
+    Body,
+    Equation,
+    bind,
+    body_of,
+    called,
+    inside,
+    is_literal,
+)
 
 
 class Hoisted(NamedTuple):
@@ -77,9 +86,6 @@ class _Free(NamedTuple):
 
 
 _FREE = frozenset({"broadcast_in_dim", "iota"})
-_INLINED = frozenset({"call", "closed_call", "core_call", "jit", "pjit"})
-"""Calls that are opened; what has a derivative of its own, or is rematerialised, stays
-in one piece."""
 
 
 class _Once(NamedTuple):
@@ -169,7 +175,7 @@ def _opens(eqn: Equation) -> bool:
     A call that leaves `Explicit` axes of a mesh to the compiler is not: what is
     computed in it has another type outside.
     """
-    if eqn.primitive.name not in _INLINED:
+    if eqn.primitive.name not in OPEN_CALLS:
         return False
     return not any(inner.primitive.name in _CASTS for inner in inside(eqn))
 
