@@ -26,6 +26,10 @@ Fit = Callable[[Sequence[int]], int]
 """How many rows of some of the leaves, by number, may be in memory at a time."""
 
 
+_KEPT = 16 << 20
+"""Bytes of choices that may stay, so that they are not made for every pass again."""
+
+
 class Sliced:
     """A function of arrays with equally many rows whose results are computed by rows.
 
@@ -56,7 +60,7 @@ class Sliced:
         )
         avals = self._program.avals
         self.held = max(
-            sum(_nbytes(avals[i]) for i in stage.gathered)
+            sum(_nbytes(avals[i]) for i in self._plan.kept.union(stage.gathered))
             for stage in self._plan.stages
         )
         self._numbers = {value: i for i, value in enumerate(self._program.inputs)}
@@ -90,7 +94,7 @@ class Sliced:
             # Or the arrays of all stages would be allocated ahead.
             jax.block_until_ready(results)
             known |= dict(zip(stage.results, results, strict=True))
-            for value in stage.gathered:
+            for value in self._plan.passing(stage):
                 del known[value]
         return [
             functools.partial(read, i) if i in self._plan.makers else known[i]
@@ -136,7 +140,7 @@ class Sliced:
             arguments = ([shape_of(i) for i in stage.operands],)
             yield Piece(self._settle(stage), arguments, kept(), [], 1)
             whole |= dict.fromkeys(stage.results)
-            for value in stage.gathered:
+            for value in self._plan.passing(stage):
                 del whole[value]
         for value in self._program.outs:
             if value in self._plan.makers:
@@ -350,11 +354,17 @@ class _Plan(NamedTuple):
         stages: in the order in which whole arrays become known.
         rules: the steps by rows.
         makers: the step that each value by rows comes from; None for inputs.
+        kept: values by rows that stay whole as soon as they are known.
     """
 
     stages: list[_Stage]
     rules: dict[_Step, _Rule]
     makers: dict[int, _Step | None]
+    kept: frozenset[int]
+
+    def passing(self, stage: _Stage) -> list[int]:
+        """What has been put together for a stage alone."""
+        return [i for i in stage.gathered if i not in self.kept]
 
     def way_to(self, value: int) -> tuple[list[int], list[int], list[_Step]]:
         """The inputs cut, the whole values and the steps that lead to a value."""
@@ -363,7 +373,7 @@ class _Plan(NamedTuple):
         steps: dict[_Step, None] = {}
 
         def visit(i: int) -> None:
-            if i not in self.makers:
+            if i not in self.makers or (i in self.kept and i != value):
                 whole[i] = None
             elif (step := self.makers[i]) is None:
                 cut[i] = None
@@ -379,16 +389,46 @@ class _Plan(NamedTuple):
 
 
 def _plan(program: _Program, inputs: Sequence[int]) -> _Plan:
+    plan = _divide(program, inputs, frozenset())
+    choices = frozenset(_worth_keeping(program, plan))
+    return _divide(program, inputs, choices) if choices else plan
+
+
+def _worth_keeping(program: _Program, plan: _Plan) -> Iterator[int]:
+    """What takes few bytes and much time, and would be computed for several passes.
+
+    That is what is chosen by ranks or at random: a bit for each entry.
+    """
+    asked = [i for stage in plan.stages for i in stage.gathered] + program.outs
+    ways = [set(plan.way_to(i)[2]) for i in asked if i in plan.makers]
+    slow, left = set(), _KEPT
+    for step in plan.rules:
+        if step.eqn.primitive.name not in _SLOW and slow.isdisjoint(step.operands):
+            continue
+        (result, *_) = step.results
+        aval = program.avals[result]
+        if aval.dtype != np.bool:
+            slow.update(step.results)
+        elif sum(step in way for way in ways) > 1 and left >= _nbytes(aval):
+            left -= _nbytes(aval)
+            yield result
+
+
+def _divide(program: _Program, inputs: Sequence[int], kept: frozenset[int]) -> _Plan:
     rows = program.avals[inputs[0]].shape[0]
     makers: dict[int, _Step | None] = dict.fromkeys(inputs)
     rules: dict[_Step, _Rule] = {}
     groups: list[tuple[list[int], list[_Step]]] = [([], [])]
     for step in program.steps:
         if rule := _rule(step, program.avals, makers.keys(), rows):
-            rules[step] = rule
+            there = kept.intersection(step.operands)
+            rules[step] = rule._replace(aligned=rule.aligned | there)
             makers |= dict.fromkeys(step.results, step)
+            if chosen := [i for i in step.results if i in kept]:
+                groups.append((chosen, []))
             continue
-        if barred := [i for i in dict.fromkeys(step.operands) if i in makers]:
+        operands = dict.fromkeys(step.operands)
+        if barred := [i for i in operands if i in makers and i not in kept]:
             groups.append((barred, []))
         groups[-1][1].append(step)
     stages = []
@@ -407,7 +447,7 @@ def _plan(program: _Program, inputs: Sequence[int]) -> _Plan:
                 [i for i in made if i in later],
             )
         )
-    return _Plan(stages, rules, makers)
+    return _Plan(stages, rules, makers, kept)
 
 
 def _rule(
@@ -457,6 +497,7 @@ _ENTRYWISE = frozenset({
     "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "threefry2x32",
     "xor",
 })
+_SLOW = frozenset({"random_bits", "sort", "threefry2x32"})
 _REDUCTIONS = (
     "argmax", "argmin", "reduce_and", "reduce_max", "reduce_min", "reduce_or",
     "reduce_prod", "reduce_sum", "reduce_xor",

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmerge import slicing
 from jaxmerge.numerics import Count, kth_magnitude, norms, random_words, totals
 from jaxmerge.slicing import Sliced
 
@@ -149,3 +150,27 @@ def test_sums_put_no_array_together():
 )
 def test_knows_what_lapack_computes(function, uses_lapack):
     assert Sliced(function, (leaf(),), [True]).uses_lapack == uses_lapack
+
+
+def test_choices_are_made_once_for_all_passes(monkeypatch):
+    x = leaf()
+
+    def l1_kept(x):
+        ranks = jax.vmap(lambda row: jnp.argsort(jnp.argsort(row)))(x)
+        kept = jnp.where(ranks > 0, x, 0)
+        return kept * (jnp.sum(jnp.abs(x)) / jnp.sum(jnp.abs(kept)))
+
+    def sorts():
+        sliced = Sliced(l1_kept, (x,), [True])
+        pieces = list(sliced.pieces([x], lambda _: 5))
+        texts = [str(jax.make_jaxpr(p.run)(*p.arguments)) for p in pieces]
+        return sum("sort[" in text for text in texts), max(p.kept for p in pieces)
+
+    (result,), _ = by_rows(l1_kept, x, sliced=[True])
+    np.testing.assert_allclose(result, l1_kept(x), rtol=1e-6)
+    found, kept = sorts()
+    assert found == 1
+    monkeypatch.setattr(slicing, "_KEPT", x.size - 1)
+    again, less = sorts()
+    assert again > 1
+    assert kept >= less + x.size
