@@ -84,8 +84,10 @@ class TestInTurn:
             return sum(jnp.sum(values**2) for values in fn(x, 2 * x))
 
         x = square(0)
-        found = jax.grad(functools.partial(loss, in_turn(singular)))(x)
-        expected = jax.grad(functools.partial(loss, singular))(x)
+        found, expected = (
+            jax.jit(jax.grad(functools.partial(loss, fn)))(x)
+            for fn in (in_turn(singular), singular)
+        )
         np.testing.assert_allclose(found, expected, rtol=1e-6)
 
     def test_derivatives_of_its_own_are_kept(self):
@@ -106,14 +108,13 @@ class TestInTurn:
         assert_in_turn(factorisations(mapped, x, y), 3)
 
 
-@pytest.mark.parametrize("stack", [(), (2,)])
 @pytest.mark.parametrize(
-    "name", ["tsv_merge", "iso_cts", "knots", "dc_merge", "star", "cart", "sftm"]
+    ("name", "stack"),
+    [("tsv_merge", ()), ("tsv_merge", (2,)), ("dc_merge", ()), ("sftm", ())],
 )
 def test_merges_under_jit_factorise_in_turn(name, stack):
-    axes = {"stack_axes": len(stack)}
     base, *models = (tree(seed, stack) for seed in range(4))
-    merge = functools.partial(getattr(jaxmerge, name), **axes)
+    merge = functools.partial(getattr(jaxmerge, name), stack_axes=len(stack))
     assert_in_turn(factorisations(merge, base, models), 3)
 
 
