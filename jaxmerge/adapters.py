@@ -24,6 +24,7 @@ from jaxmerge.matrixwise import Others, map_task_matrices, plan_matrices
 from jaxmerge.methods.arithmetic import task_arithmetic
 from jaxmerge.options import Leaf, PerLeaf, choice, per_leaf, whole_number
 from jaxmerge.tree import Params, check_alike, named_leaves, rebuild
+from jaxmerge.turns import in_turn
 
 Adapter = Mapping[str, LowRank | Array | np.ndarray]
 
@@ -233,7 +234,8 @@ class _Space(NamedTuple):
 def _project(updates: Sequence[LowRank | None]) -> _Space:
     def run(present: Sequence[LowRank]) -> _Space:
         factors = [jnp.asarray(f, wide(f.dtype)) for update in present for f in update]
-        return map_matrices(_project_matrices, *factors)
+        space, _ = map_matrices(in_turn(_project_matrices), *factors)
+        return space
 
     present = [update for update in updates if update is not None]
     space = sharding.auto(run, like=jnp.zeros(()))(present)

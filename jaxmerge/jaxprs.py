@@ -33,10 +33,10 @@ LAPACK = frozenset(
 
 CHECKPOINTS = frozenset({"checkpoint", "remat", "remat2"})
 
-OPEN_CALLS = frozenset({"call", "closed_call", "core_call", "jit", "pjit"})
+PLAIN_CALLS = frozenset({"call", "closed_call", "core_call", "jit", "pjit"})
 """Primitives that do no more than to run one jaxpr once, on their operands."""
 
-CALLS = OPEN_CALLS | CHECKPOINTS | {"custom_jvp_call", "custom_vjp_call"}
+CALLS = PLAIN_CALLS | CHECKPOINTS | {"custom_jvp_call", "custom_vjp_call"}
 """The same, and those that have a derivative of their own, or are rematerialised."""
 
 SAME = frozenset(
@@ -134,6 +134,19 @@ def inside(eqn: Equation) -> Iterator[Equation]:
         for inner in getattr(body_of(held).jaxpr, "eqns", ()):
             yield inner
             yield from inside(inner)
+
+
+def opens(eqn: Equation) -> bool:
+    """Whether the equations of a call may stand in its place.
+
+    Not those of one that leaves `Explicit` axes of a mesh to the compiler: what is
+    computed in it has another type outside.
+    """
+    if eqn.primitive.name not in PLAIN_CALLS:
+        return False
+    return not any(
+        each.primitive.name in ("mesh_cast", "reshard") for each in inside(eqn)
+    )
 
 
 def text_of(closed: Any) -> str | None:

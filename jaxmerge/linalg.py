@@ -14,7 +14,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxmerge import sharding
 from jaxmerge.numerics import norm, safe_divide
 from jaxmerge.sharding import Spread
-from jaxmerge.turns import in_turn
 
 
 def map_matrices(
@@ -64,10 +63,9 @@ def map_matrices(
         )
     mesh = sharding.mesh_of(*stacks)
     if mesh is None or mesh.size == 1 or mesh.manual_axes or 0 in shapes[0][:-2]:
-        mapped = in_turn(fn)
         for _ in shapes[0][:-2]:
-            mapped = jax.vmap(mapped)
-        return mapped(*stacks)
+            fn = jax.vmap(fn)
+        return fn(*stacks)
     plan = sharding.plan_spread(stacks[0], mesh, spec)
     traced = any(isinstance(stack, Tracer) for stack in stacks)
     return (_map_spread if traced else _map_spread_eagerly)(fn, plan, *stacks)
@@ -78,7 +76,7 @@ def _map_spread(fn: Callable[..., Any], plan: Spread, *stacks: Array) -> Any:
         context = jax.sharding.get_abstract_mesh()
         # Its check of device-varying types rejects the SVD of TPUs.
         local = jax.shard_map(
-            jax.vmap(in_turn(fn)),
+            jax.vmap(fn),
             mesh=plan.mesh if context.empty else context,
             in_specs=plan.whole,
             out_specs=plan.whole,

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmerge import sharding
@@ -34,7 +35,7 @@ from jaxmerge.matrices import (
 )
 from jaxmerge.options import Leaf, PerLeaf, choice, per_leaf
 from jaxmerge.tree import Params, is_float, named_leaves, rebuild
-from jaxmerge.turns import Number, done_with, wait
+from jaxmerge.turns import Done, in_turn
 
 Others = Literal["average", "task_arithmetic", "base"]
 
@@ -275,7 +276,7 @@ def merge_matrices(
             for i, path in enumerate(paths):
                 merged[path] = Whole(together, i, plan.leaves[path])
             continue
-        results, told, done = run(*arguments, done=done)
+        results, told, done = run(*arguments, done=_within(done))
         merged |= dict(zip(paths, results, strict=True))
         reports |= dict(zip(paths, told, strict=True))
     return rebuild(plan.base, plan.leaves | merged | merge_others(plan)), reports
@@ -301,7 +302,7 @@ def map_task_matrices(
     for paths in plan.groups():
         told, done = _map_group(
             *plan.arguments(paths),
-            done=done,
+            done=_within(done),
             layouts=tuple(plan.layouts[path] for path in paths),
             kernel=kernel,
             choices=tuple(sorted(choices.items())),
@@ -350,7 +351,7 @@ def _merge_group(
     models,
     beside,
     *,
-    done=None,
+    done,
     scales,
     numbers,
     layouts,
@@ -376,14 +377,19 @@ def _merge_group(
 
     like = bases or models[0], jnp.zeros(()), jnp.zeros(())
     run = sharding.auto(merge, like=like)
-    results, *rest = run(bases, models, beside, scales, numbers)
+    results, told, last = run(bases, models, beside, scales, numbers)
     kept = [sharding.keep(*pair) for pair in zip(results, targets, strict=True)]
-    return kept, *rest
+    return kept, told, last
+
+
+def _within(done: Done) -> Done:
+    """What groups of a program wait for: of one that is traced, or each is its own."""
+    return done if isinstance(done, Tracer) else None
 
 
 def _merged(run: Callable[..., Any]) -> Callable[..., list[Array]]:
     """The merged leaves of a group, without the reports."""
-    return lambda *arguments: run(*arguments)[0]
+    return lambda *arguments: run(*arguments, done=None)[0]
 
 
 def _tell(of_parts: list[Any]) -> Any:
@@ -413,14 +419,14 @@ def _map_leaves(
     models: Sequence[Sequence[Array]],
     beside: Sequence[Any],
     layouts: Sequence[Layout],
-    done: Number,
+    done: Done,
     spec: PartitionSpec | None = None,
-) -> tuple[list[list[Any]], Number]:
+) -> tuple[list[list[Any]], Done]:
     """The results of `kernel` for each leaf and part, with stacked axes in front.
 
-    They wait for `done`; with them comes the number that others wait for. On a mesh
-    they do not, as that would be communication. The joined stack (layers, outputs,
-    inputs) is sharded by `spec`, if that is known.
+    Their factorisations wait for `done`; with them comes what others wait for. On a
+    mesh parts do not wait for each other, as that would be communication. The joined
+    stack (layers, outputs, inputs) is sharded by `spec`, if that is known.
     """
     dtype = wide(models[0][0].dtype if bases is None else bases[0].dtype)
 
@@ -449,11 +455,13 @@ def _map_leaves(
         return kernel(values[: len(models)], **options)
 
     cuts = itertools.pairwise(itertools.accumulate(layouts[0].parts, initial=0))
-    of_parts = []
+    of_parts, on_mesh = [], sharding.mesh_of(*stacks) is not None
     for cut in cuts:
-        own = [wait(stack[:, slice(*cut)], done) for stack in stacks]
-        of_parts.append(map_matrices(call, *own, *further, spec=spec))
-        done = None if sharding.mesh_of(*own) else done_with(of_parts[-1])
+        run = in_turn(call, None if on_mesh else done)
+        own = [stack[:, slice(*cut)] for stack in stacks]
+        part, by_layer = map_matrices(run, *own, *further, spec=spec)
+        of_parts.append(part)
+        done = None if on_mesh or by_layer is None else by_layer[0]
     results, start = [], 0
     for leaf, at in zip(models[0], layouts, strict=True):
         stacked = tuple(leaf.shape[axis] for axis in at.axes.stack)

@@ -26,8 +26,9 @@ Fit = Callable[[Sequence[int]], int]
 """How many rows of some of the leaves, by number, may be in memory at a time."""
 
 
-_KEPT = 16 << 20
-"""Bytes of choices that may stay, so that they are not made for every pass again."""
+_MOST_CHOICES = 16 << 20
+"""Bytes of choices that may stay, so that they are not made for every pass again; they
+come on top of the memory for rows."""
 
 
 class Sliced:
@@ -60,7 +61,7 @@ class Sliced:
         )
         avals = self._program.avals
         self.held = max(
-            sum(_nbytes(avals[i]) for i in self._plan.kept.union(stage.gathered))
+            sum(_nbytes(avals[i]) for i in self._plan.choices.union(stage.gathered))
             for stage in self._plan.stages
         )
         self._numbers = {value: i for i, value in enumerate(self._program.inputs)}
@@ -94,7 +95,7 @@ class Sliced:
             # Or the arrays of all stages would be allocated ahead.
             jax.block_until_ready(results)
             known |= dict(zip(stage.results, results, strict=True))
-            for value in self._plan.passing(stage):
+            for value in self._plan.dropped(stage):
                 del known[value]
         return [
             functools.partial(read, i) if i in self._plan.makers else known[i]
@@ -140,7 +141,7 @@ class Sliced:
             arguments = ([shape_of(i) for i in stage.operands],)
             yield Piece(self._settle(stage), arguments, kept(), [], 1)
             whole |= dict.fromkeys(stage.results)
-            for value in self._plan.passing(stage):
+            for value in self._plan.dropped(stage):
                 del whole[value]
         for value in self._program.outs:
             if value in self._plan.makers:
@@ -354,17 +355,17 @@ class _Plan(NamedTuple):
         stages: in the order in which whole arrays become known.
         rules: the steps by rows.
         makers: the step that each value by rows comes from; None for inputs.
-        kept: values by rows that stay whole as soon as they are known.
+        choices: values by rows that stay whole as soon as they are known.
     """
 
     stages: list[_Stage]
     rules: dict[_Step, _Rule]
     makers: dict[int, _Step | None]
-    kept: frozenset[int]
+    choices: frozenset[int]
 
-    def passing(self, stage: _Stage) -> list[int]:
+    def dropped(self, stage: _Stage) -> list[int]:
         """What has been put together for a stage alone."""
-        return [i for i in stage.gathered if i not in self.kept]
+        return [i for i in stage.gathered if i not in self.choices]
 
     def way_to(self, value: int) -> tuple[list[int], list[int], list[_Step]]:
         """The inputs cut, the whole values and the steps that lead to a value."""
@@ -373,7 +374,7 @@ class _Plan(NamedTuple):
         steps: dict[_Step, None] = {}
 
         def visit(i: int) -> None:
-            if i not in self.makers or (i in self.kept and i != value):
+            if i not in self.makers or (i in self.choices and i != value):
                 whole[i] = None
             elif (step := self.makers[i]) is None:
                 cut[i] = None
@@ -401,34 +402,34 @@ def _worth_keeping(program: _Program, plan: _Plan) -> Iterator[int]:
     """
     asked = [i for stage in plan.stages for i in stage.gathered] + program.outs
     ways = [set(plan.way_to(i)[2]) for i in asked if i in plan.makers]
-    slow, left = set(), _KEPT
+    slow, budget = set(), _MOST_CHOICES
     for step in plan.rules:
         if step.eqn.primitive.name not in _SLOW and slow.isdisjoint(step.operands):
             continue
-        (result, *_) = step.results
+        (result, *more) = step.results
         aval = program.avals[result]
-        if aval.dtype != np.bool:
+        if more or aval.dtype != np.bool or result in program.outs:
             slow.update(step.results)
-        elif sum(step in way for way in ways) > 1 and left >= _nbytes(aval):
-            left -= _nbytes(aval)
+        elif sum(step in way for way in ways) > 1 and budget >= _nbytes(aval):
+            budget -= _nbytes(aval)
             yield result
 
 
-def _divide(program: _Program, inputs: Sequence[int], kept: frozenset[int]) -> _Plan:
+def _divide(program: _Program, inputs: Sequence[int], choices: frozenset[int]) -> _Plan:
     rows = program.avals[inputs[0]].shape[0]
     makers: dict[int, _Step | None] = dict.fromkeys(inputs)
     rules: dict[_Step, _Rule] = {}
     groups: list[tuple[list[int], list[_Step]]] = [([], [])]
     for step in program.steps:
         if rule := _rule(step, program.avals, makers.keys(), rows):
-            there = kept.intersection(step.operands)
-            rules[step] = rule._replace(aligned=rule.aligned | there)
+            aligned = rule.aligned | choices.intersection(step.operands)
+            rules[step] = rule._replace(aligned=aligned)
             makers |= dict.fromkeys(step.results, step)
-            if chosen := [i for i in step.results if i in kept]:
+            if chosen := [i for i in step.results if i in choices]:
                 groups.append((chosen, []))
             continue
         operands = dict.fromkeys(step.operands)
-        if barred := [i for i in operands if i in makers and i not in kept]:
+        if barred := [i for i in operands if i in makers and i not in choices]:
             groups.append((barred, []))
         groups[-1][1].append(step)
     stages = []
@@ -447,7 +448,7 @@ def _divide(program: _Program, inputs: Sequence[int], kept: frozenset[int]) -> _
                 [i for i in made if i in later],
             )
         )
-    return _Plan(stages, rules, makers, kept)
+    return _Plan(stages, rules, makers, choices)
 
 
 def _rule(
@@ -497,7 +498,8 @@ _ENTRYWISE = frozenset({
     "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "threefry2x32",
     "xor",
 })
-_SLOW = frozenset({"random_bits", "sort", "threefry2x32"})
+# A barrier stands behind draws: see `random_words`.
+_SLOW = frozenset({"optimization_barrier", "random_bits", "sort"})
 _REDUCTIONS = (
     "argmax", "argmin", "reduce_and", "reduce_max", "reduce_min", "reduce_or",
     "reduce_prod", "reduce_sum", "reduce_xor",

@@ -19,7 +19,6 @@ from jax import Array
 
 from jaxmerge.jaxprs import (
     LAPACK,
-    OPEN_CALLS,
     Body,
     Equation,
     bind,
@@ -27,52 +26,59 @@ from jaxmerge.jaxprs import (
     called,
     inside,
     is_literal,
+    opens,
 )
 
-Number = Array | None
-"""A number that is there when a computation is done, if there was one."""
+Done = Array | None
+"""A number that the last factorisation has found, if there was one."""
 
 
-def in_turn(fn: Callable[..., Any]) -> Callable[..., Any]:
+def in_turn(
+    fn: Callable[..., Any], after: Done = None
+) -> Callable[..., tuple[Any, Done]]:
     """A function that does what `fn` does, one factorisation after the other.
+
+    Those in a loop, or in a call with a derivative of its own, count as one.
 
     Args:
         fn: of arrays, to a pytree of arrays, which JAX can trace.
+        after: of the factorisation that the first one is to wait for.
+
+    Returns:
+        A function of the same arrays: to the results, and what others wait for.
 
     Example:
         >>> def ranks(x, y):
         ...     return [jnp.linalg.matrix_rank(matrix) for matrix in (x, y)]
-        >>> [int(rank) for rank in in_turn(ranks)(jnp.eye(2), jnp.zeros((2, 2)))]
-        [2, 0]
+        >>> found, done = in_turn(ranks)(jnp.eye(2), jnp.zeros((2, 2)))
+        >>> [int(rank) for rank in found], done.shape
+        ([2, 0], ())
     """
 
-    def run(*arrays: Array) -> Any:
+    def run(*arrays: Array) -> tuple[Any, Done]:
         closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*arrays)
-        results, _ = _walk(body_of(closed), arrays, None)
-        return jax.tree.unflatten(jax.tree.structure(shapes), results)
+        results, done = _walk(body_of(closed), arrays, after)
+        return jax.tree.unflatten(jax.tree.structure(shapes), results), done
 
     return run
 
 
-def _walk(
-    body: Body, operands: Sequence[Any], done: Number
-) -> tuple[list[Any], Number]:
-    """Runs a jaxpr by equations, with `done` of the last factorisation."""
+def _walk(body: Body, operands: Sequence[Any], done: Done) -> tuple[list[Any], Done]:
     known = dict(zip(body.jaxpr.constvars, body.consts, strict=True))
     known |= dict(zip(body.jaxpr.invars, operands, strict=True))
 
     def value(atom: Any) -> Any:
-        return atom.val if is_literal(atom) else known[atom]
+        return jnp.asarray(atom.val) if is_literal(atom) else known[atom]
 
     for eqn in body.jaxpr.eqns:
         given = [value(atom) for atom in eqn.invars]
         if not _factorises(eqn):
             results = bind(body.jaxpr, eqn, given)
-        elif eqn.primitive.name in OPEN_CALLS:
+        elif opens(eqn):
             results, done = _walk(called(eqn), given, done)
         else:
-            results = bind(body.jaxpr, eqn, [wait(x, done) for x in given])
-            done = done_with(results)
+            results = bind(body.jaxpr, eqn, [_wait(x, done) for x in given])
+            done = _first_number(results, done)
         known |= dict(zip(eqn.outvars, results, strict=True))
     return [value(atom) for atom in body.jaxpr.outvars], done
 
@@ -81,19 +87,16 @@ def _factorises(eqn: Equation) -> bool:
     return any(each.primitive.name in LAPACK for each in (eqn, *inside(eqn)))
 
 
-def wait(x: Any, done: Number) -> Any:
-    """`x`, if it is made of floating-point numbers not before `done` is there."""
-    if done is None or not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+def _wait(x: Array, done: Done) -> Array:
+    """`x`; if it is made of floating-point numbers, not before `done` is there."""
+    if done is None or not jnp.issubdtype(x.dtype, jnp.inexact):
         return x
     never = jnp.isnan(done) & jnp.isinf(done)
     return jnp.where(never, jnp.zeros_like(x), x)
 
 
-def done_with(results: Any) -> Number:
-    """A number that depends on all floating-point results, None if there are none."""
-    numbers = [
-        x.ravel()[0].real.astype(jnp.float32)
-        for x in jax.tree.leaves(results)
-        if x.size and jnp.issubdtype(x.dtype, jnp.inexact)
-    ]
-    return jnp.sum(jnp.stack(numbers)) if numbers else None
+def _first_number(results: Sequence[Array], default: Done) -> Done:
+    for x in results:
+        if x.size and jnp.issubdtype(x.dtype, jnp.inexact):
+            return x.ravel()[0].real
+    return default

@@ -152,25 +152,44 @@ def test_knows_what_lapack_computes(function, uses_lapack):
     assert Sliced(function, (leaf(),), [True]).uses_lapack == uses_lapack
 
 
-def test_choices_are_made_once_for_all_passes(monkeypatch):
+def ranked(x):
+    ranks = jax.vmap(lambda row: jnp.argsort(jnp.argsort(row)))(x)
+    return ranks > 0
+
+
+def drawn(x):
+    return random_words(jax.random.key(0), x) < 2**15
+
+
+@pytest.mark.parametrize(
+    ("choose", "primitive"), [(ranked, "sort["), (drawn, "optimization_barrier")]
+)
+def test_choices_are_made_once_for_all_passes(choose, primitive, monkeypatch):
     x = leaf()
 
     def l1_kept(x):
-        ranks = jax.vmap(lambda row: jnp.argsort(jnp.argsort(row)))(x)
-        kept = jnp.where(ranks > 0, x, 0)
+        kept = jnp.where(choose(x), x, 0)
         return kept * (jnp.sum(jnp.abs(x)) / jnp.sum(jnp.abs(kept)))
 
-    def sorts():
+    def passes():
         sliced = Sliced(l1_kept, (x,), [True])
         pieces = list(sliced.pieces([x], lambda _: 5))
-        texts = [str(jax.make_jaxpr(p.run)(*p.arguments)) for p in pieces]
-        return sum("sort[" in text for text in texts), max(p.kept for p in pieces)
+        texts = [str(jax.make_jaxpr(p.run)(*p.arguments)) for p in pieces if p.cut]
+        return sum(primitive in text for text in texts), max(p.kept for p in pieces)
 
     (result,), _ = by_rows(l1_kept, x, sliced=[True])
     np.testing.assert_allclose(result, l1_kept(x), rtol=1e-6)
-    found, kept = sorts()
-    assert found == 1
-    monkeypatch.setattr(slicing, "_KEPT", x.size - 1)
-    again, less = sorts()
-    assert again > 1
+    found, kept = passes()
+    monkeypatch.setattr(slicing, "_MOST_CHOICES", x.size - 1)
+    again, less = passes()
+    assert found == 1 < again
     assert kept >= less + x.size
+
+
+def test_a_choice_that_is_a_result_comes_out():
+    x = leaf()
+    (chosen, kept), _ = by_rows(
+        lambda x: (ranked(x), jnp.where(ranked(x), x, x.sum())), x, sliced=[True]
+    )
+    np.testing.assert_array_equal(chosen, ranked(x))
+    np.testing.assert_allclose(kept, jnp.where(ranked(x), x, x.sum()), rtol=1e-5)

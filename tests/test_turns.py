@@ -11,6 +11,7 @@ import pytest
 
 import jaxmerge
 from jaxmerge.linalg import map_matrices
+from jaxmerge.tuning.hoisting import hoist
 from jaxmerge.turns import in_turn
 
 pytestmark = pytest.mark.usefixtures("optimised")
@@ -59,24 +60,48 @@ def singular(x, y):
     return jnp.linalg.svd(x)[1], jnp.linalg.svd(y)[1], jnp.linalg.eigvalsh(x @ x.T)
 
 
+def ordered(x, y):
+    return in_turn(singular)(x, y)[0]
+
+
+def constant_first(x, y):
+    """Of factorisations whose results say nothing, or begin with a constant."""
+    ranks = jnp.linalg.matrix_rank(x), jnp.linalg.matrix_rank(y)
+    return ranks, jnp.concatenate([jnp.zeros(1), jnp.linalg.svd(x + y)[1]])
+
+
 class TestInTurn:
     def test_results_are_those_of_the_function(self):
         x, y = square(0), square(1)
-        for found, expected in zip(
-            in_turn(singular)(x, y), singular(x, y), strict=True
-        ):
-            np.testing.assert_array_equal(found, expected)
+        found, expected = (jax.jit(fn)(x, y) for fn in (ordered, singular))
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
 
     def test_compiled_factorisations_wait_for_each_other(self):
         x, y = square(0), square(1)
         free = factorisations(singular, x, y)
         assert not any(other in need for need in free.values() for other in free)
-        assert_in_turn(factorisations(in_turn(singular), x, y), 3)
+        assert_in_turn(factorisations(ordered, x, y), 3)
+        found = factorisations(lambda *xy: in_turn(constant_first)(*xy)[0], x, y)
+        assert_in_turn(found, 3)
+
+    def test_the_first_waits_for_what_it_is_told(self):
+        def chained(x, y):
+            first, done = in_turn(constant_first)(x, x)
+            return first, in_turn(singular, done)(y, y)[0]
+
+        assert_in_turn(factorisations(chained, square(0), square(1)), 5)
+
+    def test_without_a_factorisation_it_hands_on_what_it_waits_for(self):
+        after = jnp.ones(())
+        assert in_turn(lambda x: x, after)(jnp.ones(2))[1] is after
+        empty = in_turn(jnp.linalg.inv, after)(jnp.ones((0, 2, 2)))
+        assert empty[1] is after
+        assert isinstance(in_turn(lambda x: 1.0)(after)[0], jax.Array)
 
     def test_a_matrix_of_nothing_but_nan_leaves_others_alone(self):
         x, y = jnp.full((5, 5), jnp.nan), square(1)
         np.testing.assert_array_equal(
-            jax.jit(in_turn(singular))(x, y)[1], jax.jit(singular)(y, y)[1]
+            jax.jit(ordered)(x, y)[1], jax.jit(singular)(y, y)[1]
         )
 
     def test_derivatives_are_those_of_the_function(self):
@@ -86,7 +111,7 @@ class TestInTurn:
         x = square(0)
         found, expected = (
             jax.jit(jax.grad(functools.partial(loss, fn)))(x)
-            for fn in (in_turn(singular), singular)
+            for fn in (ordered, singular)
         )
         np.testing.assert_allclose(found, expected, rtol=1e-6)
 
@@ -99,12 +124,12 @@ class TestInTurn:
         def _(primals, tangents):
             return largest(*primals), 7 * jnp.sum(*tangents)
 
-        gradient = jax.grad(in_turn(largest))(square(0))
+        gradient = jax.grad(lambda x: in_turn(largest)(x)[0])(square(0))
         np.testing.assert_array_equal(gradient, np.full((5, 5), 7, np.float32))
 
     def test_stacks_of_matrices_are_factorised_together(self):
         x, y = square(0, (3,)), square(1, (3,))
-        mapped = functools.partial(map_matrices, singular)
+        mapped = functools.partial(map_matrices, ordered)
         assert_in_turn(factorisations(mapped, x, y), 3)
 
 
@@ -122,3 +147,25 @@ def test_fused_parts_factorise_in_turn():
     base, *models = (tree(seed) for seed in range(4))
     merge = functools.partial(jaxmerge.tsv_merge, fused={"wide/kernel": 3})
     assert_in_turn(factorisations(merge, base, models), 5)
+
+
+def test_leaves_may_lie_on_different_devices():
+    base, *models = (tree(seed) for seed in range(3))
+    devices = dict(zip(base, jax.devices(), strict=False))
+    apart = [
+        {name: jax.device_put(leaf, devices[name]) for name, leaf in params.items()}
+        for params in (base, *models)
+    ]
+    merged = jaxmerge.tsv_merge(apart[0], apart[1:])
+    expected = jaxmerge.tsv_merge(base, models)
+    for name, device in devices.items():
+        leaf = merged[name]["kernel"]
+        assert leaf.devices() == {device}
+        np.testing.assert_array_equal(leaf, expected[name]["kernel"])
+
+
+def test_what_does_not_depend_on_an_option_still_runs_once():
+    base, *models = (tree(seed) for seed in range(3))
+    merge = functools.partial(jaxmerge.cart, base, models)
+    values, run = hoist(lambda strength: merge(strength=strength), 0.5)
+    assert "svd" not in str(jax.make_jaxpr(run)(values, 0.5))

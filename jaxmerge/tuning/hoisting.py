@@ -13,14 +13,13 @@ import jax
 from jax import Array
 
 from jaxmerge.jaxprs import (
-    OPEN_CALLS,
     Body,
     Equation,
     bind,
     body_of,
     called,
-    inside,
     is_literal,
+    opens,
 )
 
 
@@ -151,7 +150,7 @@ def _walk(body: Body, operands: Sequence[Any], part: _Once | _Rest) -> list[Any]
     for eqn in jaxpr.eqns:
         given = [read(atom) for atom in eqn.invars]
         name = eqn.primitive.name
-        if _opens(eqn):
+        if opens(eqn):
             results = _walk(called(eqn), given, part)
         elif name in _FREE and all(isinstance(x, _Free) for x in given):
             results = [_Free(x) for x in bind(jaxpr, eqn, [x.value for x in given])]
@@ -165,23 +164,8 @@ def _consts(body: Body) -> Iterator[Array]:
     """What a jaxpr and the calls in it close over, in the order of `_walk`."""
     yield from body.consts
     for eqn in body.jaxpr.eqns:
-        if _opens(eqn):
+        if opens(eqn):
             yield from _consts(called(eqn))
-
-
-def _opens(eqn: Equation) -> bool:
-    """Whether a call is gone through, not run as a whole.
-
-    A call that leaves `Explicit` axes of a mesh to the compiler is not: what is
-    computed in it has another type outside.
-    """
-    if eqn.primitive.name not in OPEN_CALLS:
-        return False
-    return not any(inner.primitive.name in _CASTS for inner in inside(eqn))
-
-
-_CASTS = frozenset({"mesh_cast", "reshard"})
-"""Primitives by which arrays get into such a call, and out of it."""
 
 
 def _value(x: Any) -> Any:
