@@ -59,7 +59,8 @@ def main():
     note = (
         f"{args.seeds} seed(s) of fine-tuning. {settings}. Of each task, the first "
         f"{settings.test} test sentences. Rows that have no other data see none but, "
-        "where there is a scale, validation data with labels. Merges and tests took "
+        "where there are scales or thresholds, validation data with labels. Merges and "
+        "tests took "
         f"{cpu / 60:.0f} CPU minutes, this run {time.process_time() / 60:.0f} with "
         f"what it did not find in its place. {machine()}"
     )

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: its words; by default those the program was called with.
 
     Returns:
-        The exit status: 0; 1 for errors in what was asked for; 130 if interrupted.
+        The exit status: 0; 1 for errors in what was asked for; 130 if interrupted; 141
+        if nobody reads what it prints.
     """
     arguments = _parser().parse_args(argv)
 
@@ -40,6 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         arguments.command(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # As `head` does, which has seen enough: what is left goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         hint = "a merge goes on where it was when it is run again"
         print(f"jaxmerge: interrupted; {hint}", file=sys.stderr)

@@ -258,3 +258,14 @@ def test_runs_as_a_module(runs):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads((runs / "out/jaxmerge_report.json").read_text())["totals"]
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = [sys.executable, "-m", "jaxmerge", "methods", "ties"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
