@@ -1,6 +1,7 @@
 """The command line of plans: `jaxmerge plan`."""
 
 import argparse
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxmerge import meshes
@@ -57,8 +58,11 @@ def _plan(arguments: argparse.Namespace) -> None:
         hosts=arguments.hosts,
         machine=machine,
     )
-    print_table(_HEADER, [_row(group) for group in plan.groups])
-    for line in _summary(plan, machine):
+    shared = _shared_options(plan.groups)
+    columns = zip(_HEADER, *(_row(group, shared) for group in plan.groups), strict=True)
+    header, *rows = zip(*(column for column in columns if any(column[1:])), strict=True)
+    print_table(header, rows)
+    for line in _summary(plan, machine, shared):
         print(line)
     if arguments.json is not None:
         _write_json(arguments.json, plan, machine)
@@ -87,11 +91,25 @@ _HEADER = (
 )
 
 
-def _row(group: "LeafGroup") -> list[str]:
+def _shared_options(groups: Sequence["LeafGroup"]) -> dict[str, Any]:
+    """The options of all leaves that are merged, where these agree."""
+    first, *others = [group.options for group in groups if group.options] or [{}]
+    return {
+        name: value
+        for name, value in first.items()
+        if all(name in options and options[name] == value for options in others)
+    }
+
+
+def _list_options(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{n} {_short(v)}" for n, v in options.items() if v is not None)
+
+
+def _row(group: "LeafGroup", shared: Mapping[str, Any]) -> list[str]:
     """A row of the table; sizes are those of all leaves, memory is of one."""
     number, cost, (read, written) = len(group.names), group.cost, group.dtypes
     changed = "" if written in (None, read[0]) else f" to {written}"
-    set_ones = (f"{n} {_short(v)}" for n, v in group.options.items() if v is not None)
+    own = {name: v for name, v in group.options.items() if name not in shared}
     loops = " per step" if cost.operations.open_loops else ""
     slices = {0: "-", 1: "whole"}.get(cost.slices, str(cost.slices))
     return [
@@ -100,7 +118,7 @@ def _row(group: "LeafGroup") -> list[str]:
         "x".join(map(str, group.shape)) or "scalar",
         f"{read[0]}{changed}",
         group.treatment,
-        ", ".join(set_ones),
+        _list_options(own),
         f"{group.together} leaves" if group.together > 1 else slices,
         readable_size(number * cost.read),
         readable_size(number * cost.written),
@@ -115,13 +133,16 @@ def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _summary(plan: "MergePlan", machine: "Machine") -> list[str]:
+def _summary(
+    plan: "MergePlan", machine: "Machine", shared: Mapping[str, Any]
+) -> list[str]:
     totals, seconds = plan.totals, plan.totals.seconds
     entries = sum(group.cost.operations.open_loops for group in plan.groups)
     host = readable_size(totals.host)
     lines = [
         f"{plan.method} of {plan.models} models on {plan.devices} devices of "
         f"{plan.hosts} hosts.",
+        f"Options of all merged leaves: {_list_options(shared) or 'none'}.",
         f"Inputs: {readable_size(totals.inputs)}, {readable_size(totals.read)} with "
         f"all passes over values; output: {readable_size(totals.written)}.",
         f"Arithmetic: {totals.operations.flops:.3g} flops, of which "
