@@ -26,7 +26,7 @@ Fit = Callable[[Sequence[int]], int]
 """How many rows of some of the leaves, by number, may be in memory at a time."""
 
 
-_MOST_CHOICES = 16 << 20
+_MOST_CHOICES = 48 << 20
 """Bytes of choices that may stay, so that they are not made for every pass again; they
 come on top of the memory for rows."""
 
