@@ -1,6 +1,6 @@
 """What do merges do to vision transformers that were fine-tuned on real images?
 
-    python benchmarks/vision.py [--seeds 3] [--data ../shared/data] [--place DIRECTORY]
+    python benchmarks/vision.py [--seeds N] [--data ../shared/data] [--place DIRECTORY]
 
 One transformer is pretrained on a broad set of images and fine-tuned on every task in
 DATA, each with a frozen head of its own. Every registered method that can merges the
@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import jax
 from common import RESULTS, machine
 from images import claims, data, experiment, figures, merges, pages
 from images.model import Network
@@ -79,7 +80,7 @@ def describe(settings, sizes, seeds, directory):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=1, help="how many, from 0 on")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument(
         "--place",
@@ -104,6 +105,8 @@ def main():
         for count in (*(c for c in COUNTS if c < len(names)), len(names)):
             rows = measure_rows(place, trained.first(count))
             runs.setdefault(count, []).append(rows)
+            # The system limits how many pieces of code a process has in memory.
+            jax.clear_caches()
         deep.append(
             {
                 name: experiment.measured(
