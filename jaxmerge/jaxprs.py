@@ -136,6 +136,11 @@ def inside(eqn: Equation) -> Iterator[Equation]:
             yield from inside(inner)
 
 
+def factorises(eqn: Equation) -> bool:
+    """Whether LAPACK computes an equation on CPUs, or some of what it holds."""
+    return any(each.primitive.name in LAPACK for each in (eqn, *inside(eqn)))
+
+
 def opens(eqn: Equation) -> bool:
     """Whether the equations of a call may stand in its place.
 

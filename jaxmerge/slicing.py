@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax import Array, lax
 
-from jaxmerge.jaxprs import CALLS, LAPACK, called, inside, is_literal, text_of
+from jaxmerge.jaxprs import CALLS, called, factorises, is_literal, text_of
 
 Reader = Callable[[int, int], Any]
 """Reads the rows of an array from a start to a stop."""
@@ -54,11 +54,7 @@ class Sliced:
         self._program = _Program(jax.make_jaxpr(function)(*arguments))
         numbers = zip(self._program.inputs, sliced, strict=True)
         self._plan = _plan(self._program, [i for i, cut in numbers if cut])
-        self.uses_lapack = any(
-            eqn.primitive.name in LAPACK
-            for step in self._program.steps
-            for eqn in (step.eqn, *inside(step.eqn))
-        )
+        self.uses_lapack = any(factorises(step.eqn) for step in self._program.steps)
         avals = self._program.avals
         self.held = max(
             sum(_nbytes(avals[i]) for i in self._plan.choices.union(stage.gathered))

@@ -18,13 +18,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxmerge.jaxprs import (
-    LAPACK,
     Body,
-    Equation,
     bind,
     body_of,
     called,
-    inside,
+    factorises,
     is_literal,
     opens,
 )
@@ -72,7 +70,7 @@ def _walk(body: Body, operands: Sequence[Any], done: Done) -> tuple[list[Any], D
 
     for eqn in body.jaxpr.eqns:
         given = [value(atom) for atom in eqn.invars]
-        if not _factorises(eqn):
+        if not factorises(eqn):
             results = bind(body.jaxpr, eqn, given)
         elif opens(eqn):
             results, done = _walk(called(eqn), given, done)
@@ -81,10 +79,6 @@ def _walk(body: Body, operands: Sequence[Any], done: Done) -> tuple[list[Any], D
             done = _first_number(results, done)
         known |= dict(zip(eqn.outvars, results, strict=True))
     return [value(atom) for atom in body.jaxpr.outvars], done
-
-
-def _factorises(eqn: Equation) -> bool:
-    return any(each.primitive.name in LAPACK for each in (eqn, *inside(eqn)))
 
 
 def _wait(x: Array, done: Done) -> Array:
