@@ -10,7 +10,7 @@ not have to know of it.
 
 import functools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxmerge.jaxprs import CALLS, called, factorises, is_literal, text_of
+from jaxmerge.rowwise import Rule, Step, rule_of
 
 Reader = Callable[[int, int], Any]
 """Reads the rows of an array from a start to a stop."""
@@ -25,6 +26,8 @@ Reader = Callable[[int, int], Any]
 Fit = Callable[[Sequence[int]], int]
 """How many rows of some of the leaves, by number, may be in memory at a time."""
 
+# A barrier stands behind draws: see `random_words`.
+_SLOW = frozenset({"optimization_barrier", "random_bits", "sort"})
 
 _MOST_CHOICES = 48 << 20
 """Bytes of choices that may stay, so that they are not made for every pass again; they
@@ -247,21 +250,6 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-class _Step(NamedTuple):
-    """An equation; values are known by number. Equal steps are one and the same."""
-
-    eqn: Any
-    operands: tuple[int, ...]
-    results: tuple[int, ...]
-
-    def run(self, values: dict[int, Any], operands: Sequence[Any], **changed: Any):
-        """Adds its results to `values`."""
-        results = self.eqn.primitive.bind(*operands, **self.eqn.params | changed)
-        if not self.eqn.primitive.multiple_results:
-            results = [results]
-        values |= dict(zip(self.results, results, strict=True))
-
-
 class _Program:
     """A jaxpr as one list of steps, without calls.
 
@@ -276,7 +264,7 @@ class _Program:
     def __init__(self, closed: Any):
         self.avals: list[Any] = []
         self.constants: dict[int, Any] = {}
-        self.steps: list[_Step] = []
+        self.steps: list[Step] = []
         self.inputs = [self._new(v.aval) for v in closed.jaxpr.invars]
         self.outs = self._walk(closed.jaxpr, closed.consts, self.inputs)
         used, steps = set(self.outs), []
@@ -311,7 +299,7 @@ class _Program:
                 results = self._walk(*called(eqn), operands)
             else:
                 results = [self._new(var.aval) for var in eqn.outvars]
-                self.steps.append(_Step(eqn, operands, tuple(results)))
+                self.steps.append(Step(eqn, operands, tuple(results)))
             numbers |= dict(zip(eqn.outvars, results, strict=True))
         return list(map(number, jaxpr.outvars))
 
@@ -327,21 +315,9 @@ class _Stage(NamedTuple):
     """
 
     gathered: list[int]
-    steps: list[_Step]
+    steps: list[Step]
     operands: list[int]
     results: list[int]
-
-
-class _Rule(NamedTuple):
-    """How a step runs on some rows.
-
-    Attributes:
-        run: `run(step, values, operands, start, count)`.
-        aligned: those of its operands that are whole, of which it takes the same rows.
-    """
-
-    run: Callable[..., None]
-    aligned: frozenset[int]
 
 
 class _Plan(NamedTuple):
@@ -355,19 +331,19 @@ class _Plan(NamedTuple):
     """
 
     stages: list[_Stage]
-    rules: dict[_Step, _Rule]
-    makers: dict[int, _Step | None]
+    rules: dict[Step, Rule]
+    makers: dict[int, Step | None]
     choices: frozenset[int]
 
     def dropped(self, stage: _Stage) -> list[int]:
         """What has been put together for a stage alone."""
         return [i for i in stage.gathered if i not in self.choices]
 
-    def way_to(self, value: int) -> tuple[list[int], list[int], list[_Step]]:
+    def way_to(self, value: int) -> tuple[list[int], list[int], list[Step]]:
         """The inputs cut, the whole values and the steps that lead to a value."""
         cut: dict[int, None] = {}
         whole: dict[int, None] = {}
-        steps: dict[_Step, None] = {}
+        steps: dict[Step, None] = {}
 
         def visit(i: int) -> None:
             if i not in self.makers or (i in self.choices and i != value):
@@ -413,11 +389,11 @@ def _worth_keeping(program: _Program, plan: _Plan) -> Iterator[int]:
 
 def _divide(program: _Program, inputs: Sequence[int], choices: frozenset[int]) -> _Plan:
     rows = program.avals[inputs[0]].shape[0]
-    makers: dict[int, _Step | None] = dict.fromkeys(inputs)
-    rules: dict[_Step, _Rule] = {}
-    groups: list[tuple[list[int], list[_Step]]] = [([], [])]
+    makers: dict[int, Step | None] = dict.fromkeys(inputs)
+    rules: dict[Step, Rule] = {}
+    groups: list[tuple[list[int], list[Step]]] = [([], [])]
     for step in program.steps:
-        if rule := _rule(step, program.avals, makers.keys(), rows):
+        if rule := rule_of(step, program.avals, makers.keys(), rows):
             aligned = rule.aligned | choices.intersection(step.operands)
             rules[step] = rule._replace(aligned=aligned)
             makers |= dict.fromkeys(step.results, step)
@@ -445,112 +421,3 @@ def _divide(program: _Program, inputs: Sequence[int], choices: frozenset[int]) -
             )
         )
     return _Plan(stages, rules, makers, choices)
-
-
-def _rule(
-    step: _Step, avals: Sequence[Any], by_rows: Collection[int], rows: int
-) -> _Rule | None:
-    """How a step runs by rows; None if it needs whole arrays, or no rows."""
-    name, params = step.eqn.primitive.name, step.eqn.params
-    if any(avals[i].shape[:1] != (rows,) for i in step.results):
-        return None
-    shapes = [avals[i].shape for i in step.operands]
-    whole = [i for i in step.operands if i not in by_rows]
-    aligned = frozenset(i for i in whole if avals[i].shape[:1] == (rows,))
-    if name == "random_bits":
-        # Where every row has a key, draws of rows are rows of all draws.
-        return _Rule(_same, aligned) if aligned else None
-    if name == "iota":
-        return _Rule(_iota, frozenset())
-    if len(whole) == len(step.operands):
-        created = name == "broadcast_in_dim" and 0 not in params["broadcast_dimensions"]
-        return _Rule(_to_shape("shape"), frozenset()) if created else None
-    if name in _ENTRYWISE:
-        return _Rule(_same, aligned)
-    if name == "broadcast_in_dim" and params["broadcast_dimensions"][:1] == (0,):
-        return _Rule(_to_shape("shape"), frozenset())
-    if name == "reshape" and shapes[0][0] == rows and params["dimensions"] is None:
-        return _Rule(_to_shape("new_sizes"), frozenset())
-    if name in _AXES_OF and 0 not in _AXES_OF[name](params):
-        return _Rule(_same, aligned)
-    if name in _LOOKUPS and _looks_up_rows(params["dimension_numbers"]):
-        return _Rule(_same, aligned)
-    if name == "slice" and not params["start_indices"][0] and not params["strides"]:
-        return _Rule(_cut, frozenset())
-    if name == "transpose" and params["permutation"][0] == 0:
-        return _Rule(_same, frozenset())
-    return None
-
-
-# fmt: off
-_ENTRYWISE = frozenset({
-    "abs", "acos", "add", "add_any", "and", "asin", "atan", "atan2",
-    "bitcast_convert_type", "cbrt", "ceil", "clamp", "convert_element_type", "copy",
-    "copy_p", "cos", "cosh", "div", "eq", "erf", "exp", "exp2", "expm1", "floor", "ge",
-    "gt", "integer_pow", "is_finite", "le", "log", "log1p", "logistic", "lt", "max",
-    "min", "mul", "ne", "neg", "nextafter", "not", "optimization_barrier", "or",
-    "population_count", "pow", "reduce_precision", "rem", "round", "rsqrt", "select_n",
-    "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin",
-    "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "threefry2x32",
-    "xor",
-})
-# A barrier stands behind draws: see `random_words`.
-_SLOW = frozenset({"optimization_barrier", "random_bits", "sort"})
-_REDUCTIONS = (
-    "argmax", "argmin", "reduce_and", "reduce_max", "reduce_min", "reduce_or",
-    "reduce_prod", "reduce_sum", "reduce_xor",
-)
-_CUMULATIVE = ("cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum")
-# fmt: on
-
-_AXES_OF: Mapping[str, Callable[[Mapping[str, Any]], Sequence[int]]] = {
-    **dict.fromkeys(_REDUCTIONS, lambda params: params["axes"]),
-    **dict.fromkeys(_CUMULATIVE, lambda params: (params["axis"],)),
-    "concatenate": lambda params: (params["dimension"],),
-    "sort": lambda params: (params["dimension"],),
-    "stack": lambda params: (params["axis"],),
-    "squeeze": lambda params: params["dimensions"],
-}
-"""Along which axes a primitive does something; it leaves the others alone."""
-
-
-_LOOKUPS = ("gather", "scatter")
-
-
-def _looks_up_rows(numbers: Any) -> bool:
-    """Whether each row has indices of its own, of places in that row."""
-    indices = getattr(numbers, "start_indices_batching_dims", None)
-    if indices is None:
-        indices = numbers.scatter_indices_batching_dims
-    return numbers.operand_batching_dims[:1] == indices[:1] == (0,)
-
-
-def _same(
-    step: _Step, values: dict[int, Any], operands: Sequence[Any], start: Any, count: int
-) -> None:
-    step.run(values, operands)
-
-
-def _to_shape(name: str) -> Callable[..., None]:
-    """Runs a step that says in its parameter `name` what shape its result has."""
-
-    def run(step, values, operands, start, count):
-        shape = (count, *step.eqn.params[name][1:])
-        step.run(values, operands, **{name: shape})
-
-    return run
-
-
-def _cut(
-    step: _Step, values: dict[int, Any], operands: Sequence[Any], start: Any, count: int
-) -> None:
-    ends = (count, *step.eqn.params["limit_indices"][1:])
-    step.run(values, operands, limit_indices=ends)
-
-
-def _iota(
-    step: _Step, values: dict[int, Any], operands: Sequence[Any], start: Any, count: int
-) -> None:
-    _to_shape("shape")(step, values, operands, start, count)
-    if step.eqn.params["dimension"] == 0:
-        values[step.results[0]] += start.astype(step.eqn.params["dtype"])
