@@ -13,7 +13,6 @@ values: they take no space on the disk. Writes results/plan_large.md.
 """
 
 import argparse
-import ctypes
 import gc
 import json
 import math
@@ -33,7 +32,8 @@ from common import machine, write_table
 from jaxmerge import save
 from jaxmerge.checkpoints import LeafInfo, Writer
 from jaxmerge.checkpoints.safetensors import SafetensorsFile, lay_out
-from jaxmerge.forecast import anonymous_memory, plan_merge
+from jaxmerge.forecast import plan_merge
+from jaxmerge.heap import anonymous_memory, give_back
 from jaxmerge.machines import MACHINES
 from jaxmerge.merging import merge_checkpoints
 from jaxmerge.recipes import Recipe
@@ -115,7 +115,7 @@ def merge_twice(root, method, limit):
     merge_checkpoints(recipe, out, memory=limit)
     shutil.rmtree(out)
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    give_back()
     before = anonymous_memory()
     read, write = SafetensorsFile.read, Writer.write
 

@@ -9,7 +9,6 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +16,7 @@ from jax.sharding import AbstractMesh
 
 from jaxmerge.checkpoints import Checkpoint
 from jaxmerge.costs import Operations
+from jaxmerge.heap import anonymous_memory, give_back
 from jaxmerge.lazy import Deferred, Whole
 from jaxmerge.leafcosts import LeafCost, cost_of
 from jaxmerge.machines import MACHINES, Machine
@@ -179,6 +179,7 @@ def plan_merge(
     spread = AbstractMesh(tuple(mesh.values()), tuple(mesh)) if mesh else None
     plan, merges = checked(recipe, out, memory, spread, rules or {})
     groups = [list(_groups(merge, memory * hosts)) for merge in merges]
+    give_back()  # As a merge does.
     totals = _totals(plan, groups, devices, hosts, machine)
     models = max(len(part.inputs.models) for part in plan.parts)
     rows = list(itertools.chain(*groups))
@@ -384,13 +385,3 @@ def _compute_seconds(group: LeafGroup, machine: Machine) -> float:
     products = cost.operations.flops - cost.operations.factorising
     streamed = max(products / machine.flops, cost.traffic / machine.memory)
     return group.share * (streamed + cost.operations.factorising / machine.factorise)
-
-
-def anonymous_memory() -> int:
-    """What this process has in memory, apart from files; 0 if that is not known."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return 0
-    match = re.search(r"RssAnon:\s+(\d+) kB", status)
-    return 1024 * int(match[1]) if match else 0

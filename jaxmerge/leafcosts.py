@@ -16,6 +16,7 @@ from jaxmerge.lazy import (
     is_lazy,
 )
 from jaxmerge.planning import Part
+from jaxmerge.slicing import part_size
 from jaxmerge.streaming import StoredLeaf
 
 
@@ -120,7 +121,7 @@ def _by_rows(leaf: Deferred, lazy: list[Any]) -> LeafCost:
     leaves = jax.tree.leaves(leaf.arguments)
     number = lazy[0].shape[0]
     before = {i: _computation(x) for i, x in enumerate(leaves) if is_lazy(x)}
-    rows = min(number, leaf.fit(list(before)))
+    rows = part_size(number, leaf.fit(list(before)))
     total, last = LeafCost(0, 0, slices=-(-number // rows)), 0
     for piece in leaf.sliced().pieces(as_shapes(leaves), leaf.fit):
         found = footprint(piece.run, *piece.arguments)

@@ -26,6 +26,7 @@ from jaxmerge.checkpoints import (
     open_writer,
 )
 from jaxmerge.checkpoints.files import as_json, config_with_dtype
+from jaxmerge.heap import give_back
 from jaxmerge.mergekit import MergekitRecipe
 from jaxmerge.parts import PartMerge, Rules
 from jaxmerge.planning import Part, Plan, check_placed, open_inputs, plan_leaves
@@ -44,6 +45,7 @@ _Digests = Mapping[str, Mapping[str, str]]
 """By path of a checkpoint and name of a file, the SHA-256."""
 
 MEMORY = 1_000_000_000
+_LARGE = 1 << 20  # Bytes; to look for freed memory takes milliseconds.
 _INPUTS = ""  # What notes on inputs go by: no leaf has that name.
 
 
@@ -208,6 +210,8 @@ class _Output:
         self.squares[name] = merge.leaf(name, write)
         with hosts.together():
             self._writer.complete(name, self.squares[name])
+        if self._writer.leaves[name].nbytes >= _LARGE:
+            give_back()
 
 
 def _leaf_reports(

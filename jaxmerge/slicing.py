@@ -122,7 +122,7 @@ class Sliced:
             run, cut, others = self._by_rows(value)
             of_rows = [numbers[i] for i in cut]
             number = self._program.avals[cut[0]].shape[0]
-            rows = min(fit(of_rows if of is None else of), number)
+            rows = part_size(number, fit(of_rows if of is None else of))
             parts = [
                 jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype)
                 for x in (self._program.avals[i] for i in cut)
@@ -237,9 +237,20 @@ def evenly(number: int, most: int) -> Iterator[tuple[int, int]]:
     Yields:
         The start and the stop of each part.
     """
-    size = -(-number // -(-number // most))
+    size = part_size(number, most)
     for start in range(0, number, size):
         yield start, min(start + size, number)
+
+
+def part_size(number: int, most: int) -> int:
+    """How many rows are in each part, but for the last where they do not come out even.
+
+    They do if that takes at most twice as many parts: what is compiled for parts of one
+    size would be compiled again for the last.
+    """
+    least = -(-number // most)
+    even = (n for n in range(least, 2 * least + 1) if number % n == 0)
+    return -(-number // next(even, least))
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -7,7 +7,7 @@ import pytest
 
 from jaxmerge import slicing
 from jaxmerge.numerics import Count, kth_magnitude, norms, random_words, totals
-from jaxmerge.slicing import Sliced
+from jaxmerge.slicing import Sliced, evenly
 
 ROWS = 12
 
@@ -193,3 +193,18 @@ def test_a_choice_that_is_a_result_comes_out():
     )
     np.testing.assert_array_equal(chosen, ranked(x))
     np.testing.assert_allclose(kept, jnp.where(ranked(x), x, x.sum()), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("number", "most", "sizes"),
+    [
+        (12, 5, {4}),  # Not 5, 5 and 2.
+        (12, 100, {12}),
+        (12, 1, {1}),
+        (7, 3, {3, 1}),  # No parts of one size, but seven of one row.
+    ],
+)
+def test_parts_are_of_one_size_where_that_is_cheap(number, most, sizes):
+    parts = list(evenly(number, most))
+    assert {stop - start for start, stop in parts} == sizes
+    assert [i for part in parts for i in range(*part)] == list(range(number))
