@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh
 
 from jaxmerge.checkpoints import Checkpoint
 from jaxmerge.costs import Operations
-from jaxmerge.heap import anonymous_memory, give_back
+from jaxmerge.heap import anonymous_memory
 from jaxmerge.lazy import Deferred, Whole
 from jaxmerge.leafcosts import LeafCost, cost_of
 from jaxmerge.machines import MACHINES, Machine
@@ -179,7 +179,6 @@ def plan_merge(
     spread = AbstractMesh(tuple(mesh.values()), tuple(mesh)) if mesh else None
     plan, merges = checked(recipe, out, memory, spread, rules or {})
     groups = [list(_groups(merge, memory * hosts)) for merge in merges]
-    give_back()  # As a merge does.
     totals = _totals(plan, groups, devices, hosts, machine)
     models = max(len(part.inputs.models) for part in plan.parts)
     rows = list(itertools.chain(*groups))
