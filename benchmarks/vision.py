@@ -50,8 +50,9 @@ def measure_rows(place, trained):
             place, f"{name}/individual", lambda: of_end(*trained.test_apart())
         ),
     }
+    moved = merges.moved_features(trained)
     for merge in merges.merges(trained):
-        measure = functools.partial(merges.measure, merge, trained)
+        measure = functools.partial(merges.measure, merge, trained, moved)
         row = experiment.measured(
             place, f"{name}/{merge.name}", lambda m=measure: m()._asdict()
         )
@@ -69,7 +70,8 @@ def describe(settings, sizes, seeds, directory):
         f"Seeds of fine-tuning: {', '.join(map(str, range(seeds)))}; one start. "
         f"Width {settings.network.width}, {settings.network.blocks} blocks, pretrained "
         f"for {pretraining.steps} steps of {pretraining.batch} images, fine-tuned "
-        f"for {tuning.steps} steps of {tuning.batch} at a rate of {tuning.rate:g}; "
+        f"for {tuning.steps} steps of {tuning.batch} at a rate of {tuning.rate:g}, "
+        "all but the stem and the embedding of positions; "
         "frozen heads made from ten images of each class. "
         f"{sizes.test} test images and {sizes.validation} validation images per task; "
         'the latter chose the coefficients in the column "scale". Numbers are in per '

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -121,7 +122,29 @@ def merges(experiment: Experiment) -> Iterator[Merge]:
         yield Merge(f"adamerging, by {granularity}", merge, data=seen)
 
 
-def measure(merge: Merge, experiment: Experiment) -> Measured:
+class Moved(NamedTuple):
+    """What fine-tuning on a task did to the features of its validation images.
+
+    Attributes:
+        features: those of the task's model, (images, width).
+        distances: those of the start from them, (images,).
+    """
+
+    features: jax.Array
+    distances: jax.Array
+
+
+def moved_features(experiment: Experiment) -> list[Moved]:
+    """What fine-tuning did, for each task."""
+    moved = []
+    for i, model in enumerate(experiment.tuned):
+        features = experiment.features(model, i)
+        before = experiment.features(experiment.start, i)
+        moved.append(Moved(features, jnp.linalg.norm(before - features, axis=-1)))
+    return moved
+
+
+def measure(merge: Merge, experiment: Experiment, moved: list[Moved]) -> Measured:
     """Merges, chooses the coefficient on validation images, and tests."""
     before = time.process_time()
     merged, scale = merge.merge(), None
@@ -129,7 +152,7 @@ def measure(merge: Merge, experiment: Experiment) -> Measured:
         merged, scale = best_scale(experiment, merged)
     seconds = time.process_time() - before
     accuracies, others = experiment.test(merged), experiment.test_others(merged)
-    missed = missed_features(experiment, merged)
+    missed = missed_features(experiment, merged, moved)
     return Measured(accuracies, others, scale, missed, seconds)
 
 
@@ -147,16 +170,14 @@ def best_scale(experiment: Experiment, merged: Params) -> tuple[Params, float]:
     return scaled(best), best
 
 
-def missed_features(experiment: Experiment, params: Params) -> list[float]:
+def missed_features(
+    experiment: Experiment, params: Params, moved: list[Moved]
+) -> list[float]:
     """How much of the change of features is missed on each task: `Measured.missed`."""
     missed = []
-    for i, model in enumerate(experiment.tuned):
-        wanted = experiment.features(model, i)
-        ways = [
-            jnp.linalg.norm(experiment.features(end, i) - wanted, axis=-1)
-            for end in (params, experiment.start)
-        ]
-        missed.append(float(jnp.mean(ways[0]) / jnp.mean(ways[1])))
+    for i, (wanted, distances) in enumerate(moved):
+        left = jnp.linalg.norm(experiment.features(params, i) - wanted, axis=-1)
+        missed.append(float(jnp.mean(left) / jnp.mean(distances)))
     return missed
 
 

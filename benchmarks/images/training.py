@@ -1,6 +1,7 @@
 """Pretraining and fine-tuning, by steps that can be interrupted and resumed."""
 
 import functools
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,8 @@ class Course(NamedTuple):
         rate: of learning, at its peak.
         decay: of matrices.
         grey: which share of images loses its colour.
+        epsilon: of Adam; gradients below it hardly move what they are of.
+        frozen: a pattern of the names of what is not trained.
     """
 
     steps: int
@@ -37,6 +40,8 @@ class Course(NamedTuple):
     rate: float
     decay: float = 0.0
     grey: float = 0.0
+    epsilon: float = 1e-8
+    frozen: str = ""
 
 
 class Settings(NamedTuple):
@@ -44,8 +49,11 @@ class Settings(NamedTuple):
 
     network: Network = Network(width=128, blocks=3)
     pretraining: Course = Course(2500, 128, 2e-3, decay=0.05, grey=0.3)
-    # So slow that it stays near the start, where changes of several models add up.
-    tuning: Course = Course(300, 64, 2e-4)
+    # Tasks are in each other's way where what comes before the blocks changes, or what
+    # a task hardly depends on does.
+    tuning: Course = Course(
+        300, 64, 1e-3, epsilon=1e-3, frozen="stem_.*|position_embedding"
+    )
 
 
 class Batch(NamedTuple):
@@ -226,8 +234,19 @@ def _optimiser(course: Course) -> optax.GradientTransformation:
     def matrices(params: Any) -> Any:
         return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
-    adam = optax.adamw(schedule, weight_decay=course.decay, mask=matrices)
-    return optax.chain(optax.clip_by_global_norm(1.0), adam)
+    def parts(params: Any) -> Any:
+        return {
+            name: "frozen" if re.fullmatch(course.frozen, name) else "trained"
+            for name in params
+        }
+
+    adam = optax.adamw(
+        schedule, eps=course.epsilon, weight_decay=course.decay, mask=matrices
+    )
+    trained = optax.chain(optax.clip_by_global_norm(1.0), adam)
+    return optax.multi_transform(
+        {"trained": trained, "frozen": optax.set_to_zero()}, parts
+    )
 
 
 def _save_state(place: Path, done: int, state: Any) -> None:
