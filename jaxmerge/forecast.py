@@ -159,6 +159,7 @@ def plan_merge(
 
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
         >>> import numpy as np
         >>> from jaxmerge import save
         >>> runs = Path(tempfile.mkdtemp())
