@@ -99,7 +99,7 @@ def test_memory_bounds_how_many_are_scored_at_a_time(monkeypatch):
 
 def test_all_points_are_one_compiled_call(compilations):
     trees = make_models(3)
-    scan_plane(score, *trees, points=2)  # what a process compiles once stays out of it
+    scan_plane(score, *trees, points=2)  # What a process compiles but once.
     counts = []
     for points in (2, 3, 6):
         jax.clear_caches()

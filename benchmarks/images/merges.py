@@ -127,11 +127,11 @@ class Moved(NamedTuple):
 
     Attributes:
         features: those of the task's model, (images, width).
-        distances: those of the start from them, (images,).
+        distance: of the start's from them, the mean over images.
     """
 
     features: jax.Array
-    distances: jax.Array
+    distance: jax.Array
 
 
 def moved_features(experiment: Experiment) -> list[Moved]:
@@ -140,7 +140,7 @@ def moved_features(experiment: Experiment) -> list[Moved]:
     for i, model in enumerate(experiment.tuned):
         features = experiment.features(model, i)
         before = experiment.features(experiment.start, i)
-        moved.append(Moved(features, jnp.linalg.norm(before - features, axis=-1)))
+        moved.append(Moved(features, _distance(before, features)))
     return moved
 
 
@@ -174,11 +174,14 @@ def missed_features(
     experiment: Experiment, params: Params, moved: list[Moved]
 ) -> list[float]:
     """How much of the change of features is missed on each task: `Measured.missed`."""
-    missed = []
-    for i, (wanted, distances) in enumerate(moved):
-        left = jnp.linalg.norm(experiment.features(params, i) - wanted, axis=-1)
-        missed.append(float(jnp.mean(left) / jnp.mean(distances)))
-    return missed
+    return [
+        float(_distance(experiment.features(params, i), wanted) / distance)
+        for i, (wanted, distance) in enumerate(moved)
+    ]
+
+
+def _distance(features: jax.Array, others: jax.Array) -> jax.Array:
+    return jnp.mean(jnp.linalg.norm(features - others, axis=-1))
 
 
 def collect_statistics(experiment: Experiment) -> list[Statistics]:
