@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxmerge import slicing
+from jaxmerge.methods.dropping import keep_probabilities
 from jaxmerge.numerics import Count, kth_magnitude, norms, random_words, totals
 from jaxmerge.slicing import Sliced, evenly
 
@@ -49,6 +50,8 @@ def by_rows(function, *arguments, sliced, rows=5):
         lambda x: x - kth_magnitude(x - x.max(), Count.of(3)),
         lambda x: jnp.sort(x, axis=1),
         lambda x: jnp.sort(x, axis=0),
+        lambda x: jnp.sort((100 * x).astype(jnp.int32), axis=1),
+        lambda x: x - jnp.sort((100 * x).astype(jnp.int32), axis=1).max(),
         lambda x: x[::-1],
         lambda x: x @ (x.T @ x),
         lambda x: jnp.cumsum(x, axis=1) + jnp.cumsum(x, axis=0),
@@ -193,6 +196,30 @@ def test_a_choice_that_is_a_result_comes_out():
     )
     np.testing.assert_array_equal(chosen, ranked(x))
     np.testing.assert_allclose(kept, jnp.where(ranked(x), x, x.sum()), rtol=1e-5)
+
+
+def test_numpy_sorts_integers_and_each_part_once(monkeypatch):
+    x = leaf(shape=(ROWS, 40))
+
+    def probabilities(x):
+        return keep_probabilities(x, 0.0, 1.0, (0,))  # Two sorts, one after the other.
+
+    sliced = Sliced(probabilities, (x,), [True])
+    pieces = list(sliced.pieces([x], lambda _: 4))
+    sorts = [piece for piece in pieces if piece.run is slicing._SORT]
+    programs = [p for p in pieces if p.run is not slicing._SORT]
+    assert [(s.calls, s.arguments[0].shape) for s in sorts] == [(3, (4, 40))] * 2
+    for piece in programs:
+        assert "sort[" not in str(jax.make_jaxpr(piece.run)(*piece.arguments))
+    calls = []
+    sort = np.sort
+    monkeypatch.setattr(
+        np, "sort", lambda *a, **k: calls.append(a[0].shape) or sort(*a, **k)
+    )
+    (read,) = sliced([lambda start, stop: x[start:stop]], lambda _: 4)
+    result = np.concatenate([read(0, 4), read(4, 8), read(8, 12)])
+    assert calls == [(4, 40)] * 6
+    np.testing.assert_array_equal(result, jax.jit(probabilities)(x))
 
 
 @pytest.mark.parametrize(
