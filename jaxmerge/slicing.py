@@ -13,28 +13,21 @@ entries, where XLA's takes 40.
 
 import functools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import Array, lax
 
-from jaxmerge.jaxprs import CALLS, called, factorises, is_literal, text_of
-from jaxmerge.rowwise import Rule, Step, rule_of
+from jaxmerge.dividing import Program, Stage, divide, nbytes
+from jaxmerge.jaxprs import factorises, text_of
 
 Reader = Callable[[int, int], Any]
 """Reads the rows of an array from a start to a stop."""
 
 Fit = Callable[[Sequence[int]], int]
 """How many rows of some of the leaves, by number, may be in memory at a time."""
-
-# A barrier stands behind draws: see `random_words`.
-_SLOW = frozenset({"optimization_barrier", "random_bits", "sort"})
-
-_MOST_CHOICES = 48 << 20
-"""Bytes of choices that may stay, so that they are not made for every pass again; they
-come on top of the memory for rows."""
 
 _SORT = jax.jit(lambda x: lax.sort(x, dimension=-1))
 """What a sort costs; NumPy needs no memory beside the result, either."""
@@ -60,14 +53,14 @@ class Sliced:
         arguments: tuple[Any, ...],
         sliced: Sequence[bool],
     ):
-        self._program = _Program(jax.make_jaxpr(function)(*arguments))
+        self._program = Program(jax.make_jaxpr(function)(*arguments))
         numbers = zip(self._program.inputs, sliced, strict=True)
-        self._plan = _plan(self._program, [i for i, cut in numbers if cut])
+        self._division = divide(self._program, [i for i, cut in numbers if cut])
         self.uses_lapack = any(factorises(step.eqn) for step in self._program.steps)
         avals = self._program.avals
         self.held = max(
-            sum(_nbytes(avals[i]) for i in self._plan.choices.union(stage.gathered))
-            for stage in self._plan.stages
+            sum(nbytes(avals[i]) for i in self._division.choices.union(stage.gathered))
+            for stage in self._division.stages
         )
         self._numbers = {value: i for i, value in enumerate(self._program.inputs)}
         self._compiled: dict[int, Any] = {}
@@ -87,7 +80,7 @@ class Sliced:
         known = self._program.literals | self._program.constants | inputs
         found = _Found(inputs, known, {})
         rows = functools.partial(self._rows, found)
-        for stage in self._plan.stages:
+        for stage in self._division.stages:
             for value in stage.gathered:
                 most = fit(self._read_for(value))
                 aval = self._program.avals[value]
@@ -97,10 +90,10 @@ class Sliced:
             # Or the arrays of all stages would be allocated ahead.
             jax.block_until_ready(results)
             known |= dict(zip(stage.results, results, strict=True))
-            for value in self._plan.dropped(stage):
+            for value in self._division.dropped(stage):
                 del known[value]
         return [
-            functools.partial(rows, i) if i in self._plan.makers else known[i]
+            functools.partial(rows, i) if i in self._division.makers else known[i]
             for i in self._program.outs
         ]
 
@@ -109,7 +102,7 @@ class Sliced:
         run, cut, others = self._by_rows(value)
         parts = [
             self._sorted(found, i, start, stop)
-            if i in self._plan.sorts
+            if i in self._division.sorts
             else found.inputs[i](start, stop)
             for i in cut
         ]
@@ -119,7 +112,7 @@ class Sliced:
         """Has NumPy sort rows; what is left of a sort is asked for again."""
         rows, result = found.latest.get(value, (None, None))
         if rows != (start, stop):
-            unsorted = self._rows(found, self._plan.sorts[value], start, stop)
+            unsorted = self._rows(found, self._division.sorts[value], start, stop)
             result = np.sort(np.asarray(unsorted), axis=-1)
             found.latest[value] = (start, stop), result
         return result
@@ -133,7 +126,9 @@ class Sliced:
         """
         inputs = dict(zip(self._program.inputs, leaves, strict=True))
         numbers = self._numbers
-        sliced = [numbers[i] for i, step in self._plan.makers.items() if step is None]
+        sliced = [
+            numbers[i] for i, step in self._division.makers.items() if step is None
+        ]
         whole = dict.fromkeys(self._program.constants)  # Those in memory.
 
         def shape_of(value: int) -> Any:
@@ -160,28 +155,28 @@ class Sliced:
             before = 0  # Bytes of rows that are sorted.
             for i in self._sorts_for(value):
                 unsorted = part_of(i)
-                yield piece(self._plan.sorts[i], before)
+                yield piece(self._division.sorts[i], before)
                 yield Piece(_SORT, (unsorted,), kept() + before, [], calls)
-                before += _nbytes(unsorted)
+                before += nbytes(unsorted)
             yield piece(value, before)
 
         def kept() -> int:
-            return sum(_nbytes(self._program.avals[i]) for i in whole)
+            return sum(nbytes(self._program.avals[i]) for i in whole)
 
-        for stage in self._plan.stages:
+        for stage in self._division.stages:
             for value in stage.gathered:
                 whole[value] = None
                 yield from by_rows(value, self._read_for(value))
             arguments = ([shape_of(i) for i in stage.operands],)
             yield Piece(self._settle(stage), arguments, kept(), [], 1)
             whole |= dict.fromkeys(stage.results)
-            for value in self._plan.dropped(stage):
+            for value in self._division.dropped(stage):
                 del whole[value]
         for value in self._program.outs:
-            if value in self._plan.makers:
+            if value in self._division.makers:
                 yield from by_rows(value, sliced)
 
-    def _settle(self, stage: "_Stage") -> Any:
+    def _settle(self, stage: Stage) -> Any:
         """The compiled steps of a stage."""
         if id(stage) not in self._compiled:
 
@@ -198,7 +193,7 @@ class Sliced:
     def _by_rows(self, value: int) -> tuple[Any, list[int], list[int]]:
         """What computes rows of a value, the inputs cut for it, and what else."""
         if value not in self._compiled:
-            cut, others, steps = self._plan.way_to(value)
+            cut, others, steps = self._division.way_to(value)
 
             def run(parts: list[Any], known: list[Any], start: Array) -> Array:
                 count = parts[0].shape[0]
@@ -207,7 +202,7 @@ class Sliced:
                     return lax.dynamic_slice_in_dim(values[value], start, count)
                 values |= self._program.literals | dict(zip(cut, parts, strict=True))
                 for step in steps:
-                    rule = self._plan.rules[step]
+                    rule = self._division.rules[step]
                     operands = [
                         lax.dynamic_slice_in_dim(values[i], start, count)
                         if i in rule.aligned
@@ -223,7 +218,7 @@ class Sliced:
 
     def _read_for(self, value: int) -> list[int]:
         """The leaves of the arguments that rows of a value come from, by number."""
-        values = [self._plan.sorts[i] for i in self._sorts_for(value)] + [value]
+        values = [self._division.sorts[i] for i in self._sorts_for(value)] + [value]
         cut = dict.fromkeys(i for each in values for i in self._by_rows(each)[1])
         return [self._numbers[i] for i in cut if i in self._numbers]
 
@@ -231,8 +226,8 @@ class Sliced:
         """What NumPy has to sort for rows of a value, in order."""
         found: dict[int, None] = {}
         for i in self._by_rows(value)[1]:
-            if i in self._plan.sorts:
-                found |= dict.fromkeys([*self._sorts_for(self._plan.sorts[i]), i])
+            if i in self._division.sorts:
+                found |= dict.fromkeys([*self._sorts_for(self._division.sorts[i]), i])
         return list(found)
 
     def _jit(self, run: Callable[..., Any], *shapes: Any) -> Any:
@@ -279,11 +274,6 @@ class Piece(NamedTuple):
     calls: int
 
 
-def _nbytes(aval: Any) -> int:
-    itemsize = np.dtype(aval.dtype).itemsize if hasattr(aval.dtype, "kind") else 8
-    return math.prod(aval.shape) * itemsize
-
-
 def _gather(aval: Any, read: Reader, rows: int) -> Array:
     if rows >= aval.shape[0]:
         return read(0, aval.shape[0])  # It is an array already: nothing to copy.
@@ -323,196 +313,3 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start : start + size].view(dtype).reshape(shape)
-
-
-class _Program:
-    """A jaxpr as one list of steps, without calls.
-
-    Attributes:
-        steps: in order; without those that no result depends on.
-        avals: the type of each value.
-        inputs: the numbers of the inputs.
-        literals: values that are written out: they are compiled in.
-        constants: values that are closed over.
-        outs: the numbers of the results.
-    """
-
-    def __init__(self, closed: Any):
-        self.avals: list[Any] = []
-        self.literals: dict[int, Any] = {}
-        self.constants: dict[int, Any] = {}
-        self.steps: list[Step] = []
-        self.inputs = [self._new(v.aval) for v in closed.jaxpr.invars]
-        self.outs = self._walk(closed.jaxpr, closed.consts, self.inputs)
-        used, steps = set(self.outs), []
-        for step in reversed(self.steps):
-            if used.intersection(step.results):
-                used.update(step.operands)
-                steps.append(step)
-        self.steps = steps[::-1]
-
-    def _new(self, aval: Any) -> int:
-        self.avals.append(aval)
-        return len(self.avals) - 1
-
-    def _walk(self, jaxpr: Any, consts: Any, inputs: Sequence[int]) -> list[int]:
-        numbers = dict(zip(jaxpr.invars, inputs, strict=True))
-        for var, value in zip(jaxpr.constvars, consts, strict=True):
-            numbers[var] = self._new(var.aval)
-            self.constants[numbers[var]] = value
-
-        def number(atom: Any) -> int:
-            if not is_literal(atom):
-                return numbers[atom]
-            written = self._new(atom.aval)
-            self.literals[written] = atom.val
-            return written
-
-        for eqn in jaxpr.eqns:
-            operands = tuple(map(number, eqn.invars))
-            if eqn.primitive.name in CALLS:
-                results = self._walk(*called(eqn), operands)
-            else:
-                results = [self._new(var.aval) for var in eqn.outvars]
-                self.steps.append(Step(eqn, operands, tuple(results)))
-            numbers |= dict(zip(eqn.outvars, results, strict=True))
-        return list(map(number, jaxpr.outvars))
-
-
-class _Stage(NamedTuple):
-    """Steps on whole arrays.
-
-    Attributes:
-        gathered: values by rows that must be put together before.
-        steps: what runs then.
-        operands: the values that it takes.
-        results: those of its values that are of use later.
-    """
-
-    gathered: list[int]
-    steps: list[Step]
-    operands: list[int]
-    results: list[int]
-
-
-class _Plan(NamedTuple):
-    """Which steps run by rows, and what they need to know of whole arrays.
-
-    Attributes:
-        stages: in the order in which whole arrays become known.
-        rules: the steps by rows.
-        makers: the step that each value by rows comes from; None for inputs.
-        choices: values by rows that stay whole as soon as they are known.
-        sorts: values by rows that NumPy sorts, and what it sorts for them.
-        literals: values that are written out.
-    """
-
-    stages: list[_Stage]
-    rules: dict[Step, Rule]
-    makers: dict[int, Step | None]
-    choices: frozenset[int]
-    sorts: dict[int, int]
-    literals: Collection[int]
-
-    def dropped(self, stage: _Stage) -> list[int]:
-        """What has been put together for a stage alone."""
-        return [i for i in stage.gathered if i not in self.choices]
-
-    def way_to(self, value: int) -> tuple[list[int], list[int], list[Step]]:
-        """The inputs cut, the whole values and the steps that lead to a value."""
-        cut: dict[int, None] = {}
-        whole: dict[int, None] = {}
-        steps: dict[Step, None] = {}
-
-        def visit(i: int) -> None:
-            if i not in self.makers or (i in self.choices and i != value):
-                whole[i] = None
-            elif (step := self.makers[i]) is None or (i in self.sorts and i != value):
-                cut[i] = None
-            elif step not in steps:
-                for operand in step.operands:
-                    visit(operand)
-                steps[step] = None
-
-        visit(value)
-        # At least one input is read, as its rows tell how many are asked for.
-        inputs = (i for i, step in self.makers.items() if step is None)
-        others = [i for i in whole if i not in self.literals]
-        return list(cut) or [next(inputs)], others, list(steps)
-
-
-def _plan(program: _Program, inputs: Sequence[int]) -> _Plan:
-    plan = _divide(program, inputs, frozenset())
-    choices = frozenset(_worth_keeping(program, plan))
-    return _divide(program, inputs, choices) if choices else plan
-
-
-def _worth_keeping(program: _Program, plan: _Plan) -> Iterator[int]:
-    """What takes few bytes and much time, and would be computed for several passes.
-
-    That is what is chosen by ranks or at random: a bit for each entry.
-    """
-    asked = [i for stage in plan.stages for i in stage.gathered] + program.outs
-    ways = [set(plan.way_to(i)[2]) for i in asked if i in plan.makers]
-    slow, budget = set(), _MOST_CHOICES
-    for step in plan.rules:
-        if step.eqn.primitive.name not in _SLOW and slow.isdisjoint(step.operands):
-            continue
-        (result, *more) = step.results
-        aval = program.avals[result]
-        if more or aval.dtype != np.bool or result in program.outs:
-            slow.update(step.results)
-        elif sum(step in way for way in ways) > 1 and budget >= _nbytes(aval):
-            budget -= _nbytes(aval)
-            yield result
-
-
-def _divide(program: _Program, inputs: Sequence[int], choices: frozenset[int]) -> _Plan:
-    rows = program.avals[inputs[0]].shape[0]
-    makers: dict[int, Step | None] = dict.fromkeys(inputs)
-    rules: dict[Step, Rule] = {}
-    groups: list[tuple[list[int], list[Step]]] = [([], [])]
-    for step in program.steps:
-        if rule := rule_of(step, program.avals, makers.keys(), rows):
-            aligned = rule.aligned | choices.intersection(step.operands)
-            rules[step] = rule._replace(aligned=aligned)
-            makers |= dict.fromkeys(step.results, step)
-            if chosen := [i for i in step.results if i in choices]:
-                groups.append((chosen, []))
-            continue
-        operands = dict.fromkeys(step.operands)
-        if barred := [i for i in operands if i in makers and i not in choices]:
-            groups.append((barred, []))
-        groups[-1][1].append(step)
-    stages = []
-    for gathered, steps in groups:
-        made = [i for step in steps for i in step.results]
-        within = set(steps)
-        later = set(program.outs).union(
-            *(step.operands for step in program.steps if step not in within)
-        )
-        taken = dict.fromkeys(i for step in steps for i in step.operands)
-        stages.append(
-            _Stage(
-                gathered,
-                steps,
-                [i for i in taken if i not in {*made, *program.literals}],
-                [i for i in made if i in later],
-            )
-        )
-    sorts = {
-        step.results[0]: step.operands[0]
-        for step in rules
-        if _is_for_numpy(step, program.avals)
-    }
-    return _Plan(stages, rules, makers, choices, sorts, program.literals.keys())
-
-
-def _is_for_numpy(step: Step, avals: Sequence[Any]) -> bool:
-    """Whether a step sorts plain integers, which come out the same in any order."""
-    if step.eqn.primitive.name != "sort" or len(step.operands) != 1:
-        return False
-    (aval,) = (avals[i] for i in step.operands)
-    last = step.eqn.params["dimension"] == len(aval.shape) - 1
-    on_cpu = jax.default_backend() == "cpu"
-    return on_cpu and last and np.issubdtype(aval.dtype, np.integer)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmerge import slicing
+from jaxmerge import dividing, slicing
 from jaxmerge.methods.dropping import keep_probabilities
 from jaxmerge.numerics import Count, kth_magnitude, norms, random_words, totals
 from jaxmerge.slicing import Sliced, evenly
@@ -183,7 +183,7 @@ def test_choices_are_made_once_for_all_passes(choose, primitive, monkeypatch):
     (result,), _ = by_rows(l1_kept, x, sliced=[True])
     np.testing.assert_allclose(result, l1_kept(x), rtol=1e-6)
     found, kept = passes()
-    monkeypatch.setattr(slicing, "_MOST_CHOICES", x.size - 1)
+    monkeypatch.setattr(dividing, "_MOST_CHOICES", x.size - 1)
     again, less = passes()
     assert found == 1 < again
     assert kept >= less + x.size

@@ -1,0 +1,220 @@
+"""How a program falls apart into steps by rows, and barriers that need whole arrays."""
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxmerge.jaxprs import CALLS, called, is_literal
+from jaxmerge.rowwise import Rule, Step, rule_of
+
+# A barrier stands behind draws: see `random_words`.
+_SLOW = frozenset({"optimization_barrier", "random_bits", "sort"})
+
+_MOST_CHOICES = 48 << 20
+"""Bytes of choices that may stay, so that they are not made for every pass again; they
+come on top of the memory for rows."""
+
+
+class Program:
+    """A jaxpr as one list of steps, without calls.
+
+    Attributes:
+        steps: in order; without those that no result depends on.
+        avals: the type of each value.
+        inputs: the numbers of the inputs.
+        literals: values that are written out: they are compiled in.
+        constants: values that are closed over.
+        outs: the numbers of the results.
+    """
+
+    def __init__(self, closed: Any):
+        self.avals: list[Any] = []
+        self.literals: dict[int, Any] = {}
+        self.constants: dict[int, Any] = {}
+        self.steps: list[Step] = []
+        self.inputs = [self._new(v.aval) for v in closed.jaxpr.invars]
+        self.outs = self._walk(closed.jaxpr, closed.consts, self.inputs)
+        used, steps = set(self.outs), []
+        for step in reversed(self.steps):
+            if used.intersection(step.results):
+                used.update(step.operands)
+                steps.append(step)
+        self.steps = steps[::-1]
+
+    def _new(self, aval: Any) -> int:
+        self.avals.append(aval)
+        return len(self.avals) - 1
+
+    def _walk(self, jaxpr: Any, consts: Any, inputs: Sequence[int]) -> list[int]:
+        numbers = dict(zip(jaxpr.invars, inputs, strict=True))
+        for var, value in zip(jaxpr.constvars, consts, strict=True):
+            numbers[var] = self._new(var.aval)
+            self.constants[numbers[var]] = value
+
+        def number(atom: Any) -> int:
+            if not is_literal(atom):
+                return numbers[atom]
+            written = self._new(atom.aval)
+            self.literals[written] = atom.val
+            return written
+
+        for eqn in jaxpr.eqns:
+            operands = tuple(map(number, eqn.invars))
+            if eqn.primitive.name in CALLS:
+                results = self._walk(*called(eqn), operands)
+            else:
+                results = [self._new(var.aval) for var in eqn.outvars]
+                self.steps.append(Step(eqn, operands, tuple(results)))
+            numbers |= dict(zip(eqn.outvars, results, strict=True))
+        return list(map(number, jaxpr.outvars))
+
+
+class Stage(NamedTuple):
+    """Steps on whole arrays.
+
+    Attributes:
+        gathered: values by rows that must be put together before.
+        steps: what runs then.
+        operands: the values that it takes.
+        results: those of its values that are of use later.
+    """
+
+    gathered: list[int]
+    steps: list[Step]
+    operands: list[int]
+    results: list[int]
+
+
+class Division(NamedTuple):
+    """Which steps run by rows, and what they need to know of whole arrays.
+
+    Attributes:
+        stages: in the order in which whole arrays become known.
+        rules: the steps by rows.
+        makers: the step that each value by rows comes from; None for inputs.
+        choices: values by rows that stay whole as soon as they are known.
+        sorts: values by rows that NumPy sorts, and what it sorts for them.
+        literals: values that are written out.
+    """
+
+    stages: list[Stage]
+    rules: dict[Step, Rule]
+    makers: dict[int, Step | None]
+    choices: frozenset[int]
+    sorts: dict[int, int]
+    literals: Collection[int]
+
+    def dropped(self, stage: Stage) -> list[int]:
+        """What has been put together for a stage alone."""
+        return [i for i in stage.gathered if i not in self.choices]
+
+    def way_to(self, value: int) -> tuple[list[int], list[int], list[Step]]:
+        """The inputs cut, the whole values and the steps that lead to a value."""
+        cut: dict[int, None] = {}
+        whole: dict[int, None] = {}
+        steps: dict[Step, None] = {}
+
+        def visit(i: int) -> None:
+            if i not in self.makers or (i in self.choices and i != value):
+                whole[i] = None
+            elif (step := self.makers[i]) is None or (i in self.sorts and i != value):
+                cut[i] = None
+            elif step not in steps:
+                for operand in step.operands:
+                    visit(operand)
+                steps[step] = None
+
+        visit(value)
+        # At least one input is read, as its rows tell how many are asked for.
+        inputs = (i for i, step in self.makers.items() if step is None)
+        others = [i for i in whole if i not in self.literals]
+        return list(cut) or [next(inputs)], others, list(steps)
+
+
+def divide(program: Program, inputs: Sequence[int]) -> Division:
+    """Divides a program some of whose inputs, by number, come by rows."""
+    division = _division(program, inputs, frozenset())
+    choices = frozenset(_worth_keeping(program, division))
+    return _division(program, inputs, choices) if choices else division
+
+
+def _worth_keeping(program: Program, division: Division) -> Iterator[int]:
+    """What takes few bytes and much time, and would be computed for several passes.
+
+    That is what is chosen by ranks or at random: a bit for each entry.
+    """
+    asked = [i for stage in division.stages for i in stage.gathered] + program.outs
+    ways = [set(division.way_to(i)[2]) for i in asked if i in division.makers]
+    slow, budget = set(), _MOST_CHOICES
+    for step in division.rules:
+        if step.eqn.primitive.name not in _SLOW and slow.isdisjoint(step.operands):
+            continue
+        (result, *more) = step.results
+        aval = program.avals[result]
+        if more or aval.dtype != np.bool or result in program.outs:
+            slow.update(step.results)
+        elif sum(step in way for way in ways) > 1 and budget >= nbytes(aval):
+            budget -= nbytes(aval)
+            yield result
+
+
+def _division(
+    program: Program, inputs: Sequence[int], choices: frozenset[int]
+) -> Division:
+    rows = program.avals[inputs[0]].shape[0]
+    makers: dict[int, Step | None] = dict.fromkeys(inputs)
+    rules: dict[Step, Rule] = {}
+    groups: list[tuple[list[int], list[Step]]] = [([], [])]
+    for step in program.steps:
+        if rule := rule_of(step, program.avals, makers.keys(), rows):
+            aligned = rule.aligned | choices.intersection(step.operands)
+            rules[step] = rule._replace(aligned=aligned)
+            makers |= dict.fromkeys(step.results, step)
+            if chosen := [i for i in step.results if i in choices]:
+                groups.append((chosen, []))
+            continue
+        operands = dict.fromkeys(step.operands)
+        if barred := [i for i in operands if i in makers and i not in choices]:
+            groups.append((barred, []))
+        groups[-1][1].append(step)
+    stages = []
+    for gathered, steps in groups:
+        made = [i for step in steps for i in step.results]
+        within = set(steps)
+        later = set(program.outs).union(
+            *(step.operands for step in program.steps if step not in within)
+        )
+        taken = dict.fromkeys(i for step in steps for i in step.operands)
+        stages.append(
+            Stage(
+                gathered,
+                steps,
+                [i for i in taken if i not in {*made, *program.literals}],
+                [i for i in made if i in later],
+            )
+        )
+    sorts = {
+        step.results[0]: step.operands[0]
+        for step in rules
+        if _is_for_numpy(step, program.avals)
+    }
+    return Division(stages, rules, makers, choices, sorts, program.literals.keys())
+
+
+def _is_for_numpy(step: Step, avals: Sequence[Any]) -> bool:
+    """Whether a step sorts plain integers, which come out the same in any order."""
+    if step.eqn.primitive.name != "sort" or len(step.operands) != 1:
+        return False
+    (aval,) = (avals[i] for i in step.operands)
+    last = step.eqn.params["dimension"] == len(aval.shape) - 1
+    on_cpu = jax.default_backend() == "cpu"
+    return on_cpu and last and np.issubdtype(aval.dtype, np.integer)
+
+
+def nbytes(aval: Any) -> int:
+    """The bytes of an array of a type."""
+    itemsize = np.dtype(aval.dtype).itemsize if hasattr(aval.dtype, "kind") else 8
+    return math.prod(aval.shape) * itemsize
