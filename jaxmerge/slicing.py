@@ -110,12 +110,12 @@ class Sliced:
 
     def _sorted(self, found: "_Found", value: int, start: int, stop: int) -> np.ndarray:
         """Has NumPy sort rows; what is left of a sort is asked for again."""
-        rows, result = found.latest.get(value, (None, None))
-        if rows != (start, stop):
-            unsorted = self._rows(found, self._division.sorts[value], start, stop)
-            result = np.sort(np.asarray(unsorted), axis=-1)
-            found.latest[value] = (start, stop), result
-        return result
+        latest = found.latest.get(value)
+        if latest is None or latest[0] != (start, stop):
+            rows = self._rows(found, self._division.sorts[value], start, stop)
+            latest = (start, stop), np.sort(np.asarray(rows), axis=-1)
+            found.latest[value] = latest
+        return latest[1]
 
     def pieces(self, leaves: Sequence[Any], fit: Fit) -> Iterator["Piece"]:
         """What a call runs, from shapes alone: to know its costs before.
