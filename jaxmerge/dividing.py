@@ -35,6 +35,7 @@ class Program:
         self.literals: dict[int, Any] = {}
         self.constants: dict[int, Any] = {}
         self.steps: list[Step] = []
+        self._results: dict[Any, tuple[int, ...]] = {}
         self.inputs = [self._new(v.aval) for v in closed.jaxpr.invars]
         self.outs = self._walk(closed.jaxpr, closed.consts, self.inputs)
         used, steps = set(self.outs), []
@@ -66,10 +67,22 @@ class Program:
             if eqn.primitive.name in CALLS:
                 results = self._walk(*called(eqn), operands)
             else:
-                results = [self._new(var.aval) for var in eqn.outvars]
-                self.steps.append(Step(eqn, operands, tuple(results)))
+                results = self._step(eqn, operands)
             numbers |= dict(zip(eqn.outvars, results, strict=True))
         return list(map(number, jaxpr.outvars))
+
+    def _step(self, eqn: Any, operands: tuple[int, ...]) -> Sequence[int]:
+        """Adds a step, unless there is one that does the same."""
+        same = eqn.primitive, operands, tuple(sorted(eqn.params.items()))
+        try:
+            found = self._results.get(same)
+        except TypeError:  # Some parameters have no hash.
+            same, found = object(), None
+        if found is None:
+            found = tuple(self._new(var.aval) for var in eqn.outvars)
+            self.steps.append(Step(eqn, operands, found))
+            self._results[same] = found
+        return found
 
 
 class Stage(NamedTuple):
@@ -177,7 +190,8 @@ def _division(
                 groups.append((chosen, []))
             continue
         operands = dict.fromkeys(step.operands)
-        if barred := [i for i in operands if i in makers and i not in choices]:
+        barred = [i for i in operands if i in makers and i not in choices]
+        if not set(barred).issubset(groups[-1][0]):
             groups.append((barred, []))
         groups[-1][1].append(step)
     stages = []

@@ -142,6 +142,19 @@ def test_sums_put_no_array_together():
     assert held(lambda x: x - kth_magnitude(x, 7)) == x.nbytes
 
 
+def test_what_is_asked_for_twice_is_put_together_once():
+    x = leaf()
+
+    def between(x):
+        most, least = kth_magnitude(x, 3), kth_magnitude(x, 30)
+        return jnp.where((jnp.abs(x) <= most) & (jnp.abs(x) >= least), x, 0)
+
+    pieces = Sliced(between, (x,), [True]).pieces([x], lambda _: 4)
+    assert sum(bool(piece.cut) for piece in pieces) == 2  # Magnitudes, and the result.
+    (result,), _ = by_rows(between, x, sliced=[True])
+    np.testing.assert_array_equal(result, between(x))
+
+
 @pytest.mark.parametrize(
     ("function", "uses_lapack"),
     [
