@@ -71,7 +71,7 @@ class Program:
             numbers |= dict(zip(eqn.outvars, results, strict=True))
         return list(map(number, jaxpr.outvars))
 
-    def _step(self, eqn: Any, operands: tuple[int, ...]) -> Sequence[int]:
+    def _step(self, eqn: Any, operands: tuple[int, ...]) -> tuple[int, ...]:
         """Adds a step, unless there is one that does the same."""
         same = eqn.primitive, operands, tuple(sorted(eqn.params.items()))
         try:
@@ -91,7 +91,7 @@ class Stage(NamedTuple):
     Attributes:
         gathered: values by rows that must be put together before.
         steps: what runs then.
-        operands: the values that it takes.
+        operands: the values that it takes, but for literals.
         results: those of its values that are of use later.
     """
 
@@ -125,7 +125,7 @@ class Division(NamedTuple):
         return [i for i in stage.gathered if i not in self.choices]
 
     def way_to(self, value: int) -> tuple[list[int], list[int], list[Step]]:
-        """The inputs cut, the whole values and the steps that lead to a value."""
+        """The inputs and sorts cut, the whole values and the steps up to a value."""
         cut: dict[int, None] = {}
         whole: dict[int, None] = {}
         steps: dict[Step, None] = {}
@@ -133,7 +133,7 @@ class Division(NamedTuple):
         def visit(i: int) -> None:
             if i not in self.makers or (i in self.choices and i != value):
                 whole[i] = None
-            elif (step := self.makers[i]) is None or (i in self.sorts and i != value):
+            elif (step := self.makers[i]) is None or i in self.sorts:
                 cut[i] = None
             elif step not in steps:
                 for operand in step.operands:
@@ -150,7 +150,8 @@ class Division(NamedTuple):
 def divide(program: Program, inputs: Sequence[int]) -> Division:
     """Divides a program some of whose inputs, by number, come by rows."""
     division = _division(program, inputs, frozenset())
-    choices = frozenset(_worth_keeping(program, division))
+    # What a sort is made from is as slow as what is made from it.
+    choices = frozenset(_worth_keeping(program, division._replace(sorts={})))
     return _division(program, inputs, choices) if choices else division
 
 
@@ -191,7 +192,7 @@ def _division(
             continue
         operands = dict.fromkeys(step.operands)
         barred = [i for i in operands if i in makers and i not in choices]
-        if not set(barred).issubset(groups[-1][0]):
+        if not set(barred).issubset(groups[-1][0]):  # Else they are there.
             groups.append((barred, []))
         groups[-1][1].append(step)
     stages = []
@@ -202,11 +203,12 @@ def _division(
             *(step.operands for step in program.steps if step not in within)
         )
         taken = dict.fromkeys(i for step in steps for i in step.operands)
+        within_reach = {*made, *program.literals}
         stages.append(
             Stage(
                 gathered,
                 steps,
-                [i for i in taken if i not in {*made, *program.literals}],
+                [i for i in taken if i not in within_reach],
                 [i for i in made if i in later],
             )
         )
@@ -219,10 +221,10 @@ def _division(
 
 
 def _is_for_numpy(step: Step, avals: Sequence[Any]) -> bool:
-    """Whether a step sorts plain integers, which come out the same in any order."""
+    """Whether a step sorts plain integers: keys with values are left to XLA."""
     if step.eqn.primitive.name != "sort" or len(step.operands) != 1:
         return False
-    (aval,) = (avals[i] for i in step.operands)
+    aval = avals[step.operands[0]]
     last = step.eqn.params["dimension"] == len(aval.shape) - 1
     on_cpu = jax.default_backend() == "cpu"
     return on_cpu and last and np.issubdtype(aval.dtype, np.integer)

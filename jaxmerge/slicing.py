@@ -7,8 +7,8 @@ barriers, which need whole arrays. Rows come from the same rows of the inputs; w
 barrier needs is computed by rows and put together, one array at a time. A method does
 not have to know of it.
 
-On a CPU, NumPy sorts: its vectorised sort of integers takes 2 ns for each of a thousand
-entries, where XLA's takes 40.
+On a CPU, NumPy sorts: with its vectorised sort of integers, rows of a thousand take
+2 ns an entry, where XLA takes 40.
 """
 
 import functools
@@ -30,7 +30,7 @@ Fit = Callable[[Sequence[int]], int]
 """How many rows of some of the leaves, by number, may be in memory at a time."""
 
 _SORT = jax.jit(lambda x: lax.sort(x, dimension=-1))
-"""What a sort costs; NumPy needs no memory beside the result, either."""
+"""Stands for a sort of NumPy's among pieces; it never runs."""
 
 
 class Sliced:
@@ -85,7 +85,7 @@ class Sliced:
                 most = fit(self._read_for(value))
                 aval = self._program.avals[value]
                 known[value] = _gather(aval, functools.partial(rows, value), most)
-                found.latest.clear()
+                found.parts.clear()  # They would be held while the stage runs.
             results = self._settle(stage)([known[i] for i in stage.operands])
             # Or the arrays of all stages would be allocated ahead.
             jax.block_until_ready(results)
@@ -100,22 +100,25 @@ class Sliced:
     def _rows(self, found: "_Found", value: int, start: int, stop: int) -> Any:
         """Computes some rows of a value."""
         run, cut, others = self._by_rows(value)
-        parts = [
-            self._sorted(found, i, start, stop)
-            if i in self._division.sorts
-            else found.inputs[i](start, stop)
-            for i in cut
-        ]
+        parts = [self._part(found, i, start, stop) for i in cut]
         return run(parts, [found.known[i] for i in others], np.uint32(start))
 
-    def _sorted(self, found: "_Found", value: int, start: int, stop: int) -> np.ndarray:
-        """Has NumPy sort rows; what is left of a sort is asked for again."""
-        latest = found.latest.get(value)
-        if latest is None or latest[0] != (start, stop):
-            rows = self._rows(found, self._division.sorts[value], start, stop)
-            latest = (start, stop), np.sort(np.asarray(rows), axis=-1)
-            found.latest[value] = latest
-        return latest[1]
+    def _part(self, found: "_Found", value: int, start: int, stop: int) -> Any:
+        """Some rows of an input, or of what NumPy sorts."""
+        if not self._division.sorts:
+            return found.inputs[value](start, stop)
+        # What builds on sorts asks for the same rows several times.
+        if (start, stop) not in found.parts:
+            found.parts.clear()
+            found.parts[start, stop] = {}
+        parts = found.parts[start, stop]
+        if value not in parts:
+            parts[value] = (
+                _sorted(self._rows(found, self._division.sorts[value], start, stop))
+                if value in self._division.sorts
+                else found.inputs[value](start, stop)
+            )
+        return parts[value]
 
     def pieces(self, leaves: Sequence[Any], fit: Fit) -> Iterator["Piece"]:
         """What a call runs, from shapes alone: to know its costs before.
@@ -125,9 +128,10 @@ class Sliced:
             fit: as in a call.
         """
         inputs = dict(zip(self._program.inputs, leaves, strict=True))
-        numbers = self._numbers
         sliced = [
-            numbers[i] for i, step in self._division.makers.items() if step is None
+            self._numbers[i]
+            for i, step in self._division.makers.items()
+            if step is None
         ]
         whole = dict.fromkeys(self._program.constants)  # Those in memory.
 
@@ -145,20 +149,22 @@ class Sliced:
                 aval = self._program.avals[i]
                 return jax.ShapeDtypeStruct((rows, *aval.shape[1:]), aval.dtype)
 
-            def piece(i: int, before: int) -> Piece:
-                run, cut, others = self._by_rows(i)
+            sorts = self._sorts_for(value)
+            made, there = 0, set()  # Bytes that are sorted; rows that are read.
+            for asked, result in [
+                *((self._division.sorts[i], i) for i in sorts),
+                (value, None),
+            ]:
+                run, cut, others = self._by_rows(asked)
                 parts, known = map(part_of, cut), map(shape_of, others)
                 arguments = list(parts), list(known), np.uint32(0)
-                of_rows = [numbers[each] for each in cut if each in numbers]
-                return Piece(run, arguments, kept() + before, of_rows, calls)
-
-            before = 0  # Bytes of rows that are sorted.
-            for i in self._sorts_for(value):
-                unsorted = part_of(i)
-                yield piece(self._division.sorts[i], before)
-                yield Piece(_SORT, (unsorted,), kept() + before, [], calls)
-                before += nbytes(unsorted)
-            yield piece(value, before)
+                read = [i for i in cut if i in self._numbers and i not in there]
+                there.update(read)
+                of_rows = [self._numbers[i] for i in read]
+                yield Piece(run, arguments, kept() + made, of_rows, calls)
+                if result is not None:
+                    made += nbytes(part_of(result))
+                    yield Piece(_SORT, (part_of(result),), kept() + made, [], calls)
 
         def kept() -> int:
             return sum(nbytes(self._program.avals[i]) for i in whole)
@@ -191,7 +197,7 @@ class Sliced:
         return self._compiled[id(stage)]
 
     def _by_rows(self, value: int) -> tuple[Any, list[int], list[int]]:
-        """What computes rows of a value, the inputs cut for it, and what else."""
+        """What computes rows of a value, what is cut for it, and what else."""
         if value not in self._compiled:
             cut, others, steps = self._division.way_to(value)
 
@@ -247,12 +253,12 @@ class _Found(NamedTuple):
     Attributes:
         inputs: those of the call.
         known: whole values.
-        latest: for each sort, which rows were the last, and what came out.
+        parts: by start and stop, the inputs and sorts of the rows that are computed.
     """
 
     inputs: Mapping[int, Any]
     known: dict[int, Any]
-    latest: dict[int, tuple[tuple[int, int], np.ndarray]]
+    parts: dict[tuple[int, int], dict[int, Any]]
 
 
 class Piece(NamedTuple):
@@ -263,7 +269,7 @@ class Piece(NamedTuple):
         arguments: what it is called with, or the shapes of that.
         kept: how many bytes of whole arrays are in memory at that time, without inputs.
         cut: the leaves that rows are read of, each once; none if it runs on whole
-            arrays.
+            arrays, or on rows that are there.
         calls: how often it runs.
     """
 
@@ -281,6 +287,14 @@ def _gather(aval: Any, read: Reader, rows: int) -> Array:
     for start, stop in evenly(len(whole), rows):
         whole[start:stop] = read(start, stop)
     return jax.device_put(whole, may_alias=True)
+
+
+def _sorted(rows: Array) -> Array:
+    """Sorts the entries of each row, with NumPy."""
+    result = _empty(rows.shape, rows.dtype)
+    result[...] = rows
+    result.sort(axis=-1)
+    return jax.device_put(result, may_alias=True)
 
 
 def evenly(number: int, most: int) -> Iterator[tuple[int, int]]:

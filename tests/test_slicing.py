@@ -211,7 +211,8 @@ def test_a_choice_that_is_a_result_comes_out():
     np.testing.assert_allclose(kept, jnp.where(ranked(x), x, x.sum()), rtol=1e-5)
 
 
-def test_numpy_sorts_integers_and_each_part_once(monkeypatch):
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere XLA sorts")
+def test_numpy_sorts_integers_and_each_part_is_read_once():
     x = leaf(shape=(ROWS, 40))
 
     def probabilities(x):
@@ -222,16 +223,18 @@ def test_numpy_sorts_integers_and_each_part_once(monkeypatch):
     sorts = [piece for piece in pieces if piece.run is slicing._SORT]
     programs = [p for p in pieces if p.run is not slicing._SORT]
     assert [(s.calls, s.arguments[0].shape) for s in sorts] == [(3, (4, 40))] * 2
+    assert [piece.cut for piece in programs if piece.cut] == [[0]]
     for piece in programs:
         assert "sort[" not in str(jax.make_jaxpr(piece.run)(*piece.arguments))
-    calls = []
-    sort = np.sort
-    monkeypatch.setattr(
-        np, "sort", lambda *a, **k: calls.append(a[0].shape) or sort(*a, **k)
-    )
-    (read,) = sliced([lambda start, stop: x[start:stop]], lambda _: 4)
-    result = np.concatenate([read(0, 4), read(4, 8), read(8, 12)])
-    assert calls == [(4, 40)] * 6
+    starts = []
+
+    def read(start, stop):
+        starts.append(start)
+        return x[start:stop]
+
+    (rows,) = sliced([read], lambda _: 4)
+    result = np.concatenate([rows(0, 4), rows(4, 8), rows(8, 12)])
+    assert starts == [0, 4, 8]
     np.testing.assert_array_equal(result, jax.jit(probabilities)(x))
 
 
