@@ -129,11 +129,11 @@ def _merge(arguments: argparse.Namespace) -> None:
     if (arguments.recipe is None) == (arguments.from_report is None):
         arguments.usage("give a RECIPE and OUT, or --from-report FILE and OUT")
     memory = parse_size("--memory", arguments.memory)
-    sha256 = None
+    blake3 = None
     if arguments.from_report is None:
         recipe = load_recipe(arguments.recipe)
     else:
-        recipe, sha256 = recipe_of_report(arguments.from_report)
+        recipe, blake3 = recipe_of_report(arguments.from_report)
 
     # What is wrong with a recipe is said before the rest is loaded.
     from jaxmerge.merging import merge_checkpoints
@@ -147,7 +147,7 @@ def _merge(arguments: argparse.Namespace) -> None:
             memory=memory,
             mesh=meshes.mesh_of(arguments),
             rules=meshes.rules_of(arguments),
-            sha256=sha256,
+            blake3=blake3,
             progress=progress,
         )
     totals = report["totals"]

@@ -42,7 +42,7 @@ from jaxmerge.reports import (
 from jaxmerge.streaming import stream
 
 _Digests = Mapping[str, Mapping[str, str]]
-"""By path of a checkpoint and name of a file, the SHA-256."""
+"""By path of a checkpoint and name of a file, the BLAKE3."""
 
 MEMORY = 1_000_000_000
 _LARGE = 1 << 20  # Bytes; to look for freed memory takes milliseconds.
@@ -56,7 +56,7 @@ def merge_checkpoints(
     memory: int = MEMORY,
     mesh: Mesh | None = None,
     rules: Rules | None = None,
-    sha256: _Digests | None = None,
+    blake3: _Digests | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Merges checkpoints into a new one.
@@ -87,13 +87,13 @@ def merge_checkpoints(
         mesh: the devices to merge on; by default the first one.
         rules: from patterns of leaf paths to how leaves are sharded on the mesh; by
             default, and where none matches, into equal parts along the longest axes.
-        sha256: of the files of all inputs by path, as a report has them: others are
+        blake3: of the files of all inputs by path, as a report has them: others are
             refused, before anything is merged.
         progress: called whenever something was written.
 
     Returns:
         The report, as in `jaxmerge_report.json` next to the weights: the recipe,
-        versions, SHA-256 of all inputs, and what became of each leaf.
+        versions, BLAKE3 of all inputs, and what became of each leaf.
 
     Raises:
         FileExistsError: `out` exists.
@@ -135,7 +135,7 @@ def merge_checkpoints(
         )
     with opened as writer:
         with hosts.together():
-            digests = _hash_and_go_on(plan, writer, sha256)
+            digests = _hash_and_go_on(plan, writer, blake3)
         output = _Output(writer, progress)
         for merge in merges:
             output.add(merge)
@@ -253,13 +253,13 @@ def identity(plan: Plan, memory: int, mesh: Mesh | None) -> dict[str, Any]:
 
 
 def _hash_and_go_on(
-    plan: Plan, writer: LeafWriter, sha256: _Digests | None
+    plan: Plan, writer: LeafWriter, blake3: _Digests | None
 ) -> Future[_Digests]:
     """Hashes this process's share of the inputs, in the background if that can be.
 
     Raises:
         CheckpointError: they are not those that an interrupted merge read, or not those
-            of `sha256`.
+            of `blake3`.
     """
     if writer.done and _INPUTS not in writer.done:
         # It did not come far enough to know what it read.
@@ -267,13 +267,13 @@ def _hash_and_go_on(
     digests = in_background(lambda: _hash(plan, writer))
     if writer.done:
         _check_unchanged(writer, digests.result())
-    if sha256 is not None:
-        _check_same(sha256, digests.result())
+    if blake3 is not None:
+        _check_same(blake3, digests.result())
     return digests
 
 
 def _hash(plan: Plan, writer: LeafWriter) -> _Digests:
-    """The SHA-256 of all files of inputs by path: this process's share of them."""
+    """The BLAKE3 of all files of inputs by path: this process's share of them."""
     stored = {str(each.path.resolve()): each for each in plan.stored()}
     share = list(stored)[jax.process_index() :: jax.process_count()]
     digests = hash_all({path: stored[path] for path in share})

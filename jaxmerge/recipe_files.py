@@ -34,7 +34,7 @@ def recipe_of_report(
     """The recipe of a merge, from the report that it left next to its weights.
 
     Returns:
-        The recipe, and the SHA-256 of the inputs then: `sha256` of `merge_checkpoints`.
+        The recipe, and the BLAKE3 of the inputs then: `blake3` of `merge_checkpoints`.
 
     Raises:
         OSError: the file cannot be read.
@@ -45,8 +45,8 @@ def recipe_of_report(
         report = json.loads(_read(path, "a report is JSON"))
         made = {key: report[key] for key in _REPORTED}
         _check_types(made, _REPORTED)
-        _check_types(made["sha256"], dict.fromkeys(made["sha256"], dict))
-        return _recipe_in(made, str(path)), made["sha256"]
+        _check_types(made["blake3"], dict.fromkeys(made["blake3"], dict))
+        return _recipe_in(made, str(path)), made["blake3"]
     except RecipeError:
         raise
     except (
@@ -82,7 +82,7 @@ _REPORTED = {
     "parts": list,
     "format": str,
     "max_shard_bytes": int,
-    "sha256": dict,
+    "blake3": dict,
 }
 _PART = {
     "method": str,

@@ -56,7 +56,7 @@ def merge_report(
     Args:
         plan: what was asked for; its text is empty if it was built in Python.
         leaves: what became of each leaf.
-        digests: path of a checkpoint -> file name -> SHA-256.
+        digests: path of a checkpoint -> file name -> BLAKE3.
         seconds: how long it took.
     """
     return {
@@ -65,7 +65,7 @@ def merge_report(
         "parts": [describe(part) for part in plan.parts],
         "format": plan.format,
         "max_shard_bytes": plan.max_shard_bytes,
-        "sha256": {path: dict(files) for path, files in digests.items()},
+        "blake3": {path: dict(files) for path, files in digests.items()},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {
             "jaxmerge": jaxmerge.__version__,
@@ -178,7 +178,7 @@ def _sums_of_squares(base: np.ndarray, merged: np.ndarray, dtype: Any) -> np.nda
 
 
 def hash_all(checkpoints: Mapping[str, Checkpoint]) -> dict[str, dict[str, str]]:
-    """The SHA-256 of all files of checkpoints, by key and name."""
+    """The BLAKE3 of all files of checkpoints, by key and name."""
     with ThreadPoolExecutor(HASHES) as pool:
         digests = pool.map(lambda each: each.digest(), checkpoints.values())
         return dict(zip(checkpoints, digests, strict=True))

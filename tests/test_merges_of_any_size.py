@@ -296,7 +296,7 @@ def test_another_input_does_not_go_on(runs, tmp_path, written):
 
     changed[-1] ^= 1
     weights.write_bytes(changed)
-    others = {"sha256": {str(copies / "base"): {"model.safetensors": "00"}}}
+    others = {"blake3": {str(copies / "base"): {"model.safetensors": "00"}}}
     with pytest.raises(CheckpointError, match="base is not what was merged then"):
         merge_checkpoints(recipe, tmp_path / "out", memory=MEMORY, **others)
 
@@ -370,7 +370,7 @@ def test_two_processes_with_four_devices_each(runs, tmp_path, method):
         json.loads((tmp_path / name / "jaxmerge_report.json").read_text())
         for name in ("out", "alone")
     ]
-    for key in ("parts", "sha256"):
+    for key in ("parts", "blake3"):
         assert reports[0][key] == reports[1][key]
     norms = [report["totals"]["task_vector_norm"] for report in reports]
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)

@@ -1,13 +1,13 @@
 """Merging checkpoints: equal to the method in memory, and every refusal."""
 
 import errno
-import hashlib
 import json
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from blake3 import blake3
 
 import jaxmerge
 from jaxmerge.checkpoints import CheckpointError, open_checkpoint, save, writer
@@ -137,8 +137,8 @@ def test_report(runs, trees):
     content = (runs / "code/model.safetensors").read_bytes()
     assert list(part["models"]) == list(NAMES)
     assert part["models"]["code"] == str((runs / "code").resolve())
-    assert report["sha256"][str((runs / "code").resolve())] == {
-        "model.safetensors": hashlib.sha256(content).hexdigest()
+    assert report["blake3"][str((runs / "code").resolve())] == {
+        "model.safetensors": blake3(content).hexdigest()
     }
     assert report["totals"]["treatments"] == {
         "merged": 4,

@@ -62,9 +62,9 @@ def test_what_a_report_says_of_a_method_is_a_recipe(name, tmp_path):
 def test_a_merge_is_done_again_from_its_report(name, fields, runs):
     merge_checkpoints(recipe_for(name, runs, **fields), "out")
     report = runs / "out" / "jaxmerge_report.json"
-    recipe, sha256 = recipe_of_report(report)
+    recipe, blake3 = recipe_of_report(report)
     assert recipe.max_shard_bytes == fields.get("max_shard_bytes", 5_000_000_000)
-    assert set(map(str, [runs / "a", runs / "b"])) <= sha256.keys()
+    assert set(map(str, [runs / "a", runs / "b"])) <= blake3.keys()
     assert main(["merge", "--from-report", str(report), "again"]) == 0
     first, second = load("out")["w"], load("again")["w"]
     np.testing.assert_array_equal(first, second, strict=True)
@@ -88,8 +88,8 @@ DAMAGES = {
     "options of another kind": of_part(options=[1]),
     "an unknown method": of_part(method="none"),
     "no size of shards": without("max_shard_bytes"),
-    "no hashes": without("sha256"),
-    "hashes of another kind": lambda r: {**r, "sha256": {"a": "00"}},
+    "no hashes": without("blake3"),
+    "hashes of another kind": lambda r: {**r, "blake3": {"a": "00"}},
     "a recipe of another kind": lambda r: {**r, "recipe": 3},
     "a recipe that is no YAML": lambda r: {**r, "recipe": "a: [b"},
     "a list": lambda r: [r],

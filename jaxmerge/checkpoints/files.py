@@ -1,12 +1,13 @@
 """Files of a checkpoint: which are there, what they are, what is wrong with them."""
 
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from blake3 import blake3
 
 from jaxmerge.checkpoints.interface import CheckpointError
 
@@ -104,13 +105,12 @@ def as_json(content: Any) -> bytes:
     return text.encode(errors="backslashreplace")
 
 
-def sha256_of(paths: Iterable[Path], root: Path | None = None) -> dict[str, str]:
-    """Computes file name -> SHA-256 (hex); names are relative to `root`, if given."""
+def blake3_of(paths: Iterable[Path], root: Path | None = None) -> dict[str, str]:
+    """Computes file name -> BLAKE3 (hex); names are relative to `root`, if given."""
     digests = {}
     for path in paths:
         name = path.name if root is None else path.relative_to(root).as_posix()
-        with path.open("rb") as file:
-            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        digests[name] = blake3().update_mmap(path).hexdigest()
     return digests
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from jaxmerge.checkpoints.files import (
+    blake3_of,
     contents_of,
     convert_pickle_message,
     pickled_weights,
     require_weights,
-    sha256_of,
     sidecar_files,
 )
 from jaxmerge.checkpoints.interface import CheckpointError, Index, LeafInfo
@@ -41,7 +41,7 @@ class HuggingFaceDirectory:
         return sidecar_files(self.path)
 
     def digest(self) -> dict[str, str]:
-        return sha256_of(self._inputs)
+        return blake3_of(self._inputs)
 
 
 def open_directory(path: Path) -> HuggingFaceDirectory:

@@ -86,7 +86,7 @@ class Checkpoint(Protocol):
         ...
 
     def digest(self) -> dict[str, str]:
-        """Computes the SHA-256 (hex) of every file that holds or indexes weights.
+        """Computes the BLAKE3 (hex) of every file that holds or indexes weights.
 
         Reads all of them once.
         """

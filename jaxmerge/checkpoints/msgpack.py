@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxmerge.checkpoints.files import require_weights, sha256_of, sidecar_files
+from jaxmerge.checkpoints.files import blake3_of, require_weights, sidecar_files
 from jaxmerge.checkpoints.interface import CheckpointError, Index, LeafInfo
 from jaxmerge.checkpoints.names import flatten, require_leaf
 
@@ -36,7 +36,7 @@ class MsgpackFile:
         return sidecar_files(self.path) if self.path.is_dir() else []
 
     def digest(self) -> dict[str, str]:
-        return sha256_of([self._file])
+        return blake3_of([self._file])
 
 
 def open_msgpack(path: Path) -> MsgpackFile:

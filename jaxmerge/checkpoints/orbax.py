@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxmerge.checkpoints.files import contents_of, sha256_of, sidecar_files
+from jaxmerge.checkpoints.files import blake3_of, contents_of, sidecar_files
 from jaxmerge.checkpoints.indexing import ranges, shifted
 from jaxmerge.checkpoints.interface import CheckpointError, Index, LeafInfo
 from jaxmerge.checkpoints.names import nest, require_leaf
@@ -63,9 +63,9 @@ class OrbaxDirectory:
         return sidecar_files(self.path)
 
     def digest(self) -> dict[str, str]:
-        """Computes the SHA-256 of all files of the item, by path in the checkpoint."""
+        """Computes the BLAKE3 of all files of the item, by path in the checkpoint."""
         files = sorted(path for path in self._item.rglob("*") if path.is_file())
-        return sha256_of(files, self.path)
+        return blake3_of(files, self.path)
 
 
 def is_orbax(path: Path) -> bool:

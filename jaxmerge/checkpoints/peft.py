@@ -70,7 +70,7 @@ class AdapterOnBase:
         return self._base.sidecars()
 
     def digest(self) -> dict[str, str]:
-        """Computes the SHA-256 of the adapter's own files, not of the base."""
+        """Computes the BLAKE3 of the adapter's own files, not of the base."""
         return self._adapter.digest()
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxmerge.checkpoints import huggingface
-from jaxmerge.checkpoints.files import contents_of, pickled_weights, sha256_of
+from jaxmerge.checkpoints.files import blake3_of, contents_of, pickled_weights
 from jaxmerge.checkpoints.interface import FLOATS, CheckpointError, Index
 from jaxmerge.checkpoints.safetensors import SafetensorsFile, open_safetensors
 
@@ -111,8 +111,8 @@ class PeftAdapter:
         return self._file.read(self.whole[name], index)
 
     def digest(self) -> dict[str, str]:
-        """Computes the SHA-256 (hex) of its files."""
-        return sha256_of([self.path / CONFIG_NAME, self._file.path])
+        """Computes the BLAKE3 (hex) of its files."""
+        return blake3_of([self.path / CONFIG_NAME, self._file.path])
 
 
 def is_adapter(path: Path) -> bool:

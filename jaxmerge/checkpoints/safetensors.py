@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 import ml_dtypes
 import numpy as np
 
-from jaxmerge.checkpoints.files import require_weights, sha256_of
+from jaxmerge.checkpoints.files import blake3_of, require_weights
 from jaxmerge.checkpoints.interface import CheckpointError, Index, LeafInfo
 from jaxmerge.checkpoints.names import require_leaf
 
@@ -131,7 +131,7 @@ class SafetensorsFile:
         return []
 
     def digest(self) -> dict[str, str]:
-        return sha256_of([self.path])
+        return blake3_of([self.path])
 
 
 def open_safetensors(path: Path) -> SafetensorsFile:

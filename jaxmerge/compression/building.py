@@ -435,7 +435,7 @@ def _made(source: Checkpoint, hashes: Mapping[str, str]) -> dict[str, Any]:
     """Where a part of the store comes from."""
     return {
         "from": str(source.path.absolute()) if hashes else "memory",
-        "sha256": dict(hashes),
+        "blake3": dict(hashes),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {"jaxmerge": jaxmerge.__version__, "jax": version("jax")},
     }

@@ -1,11 +1,10 @@
 """Reading flax msgpack files, written by flax itself."""
 
-import hashlib
-
 import flax.serialization
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from blake3 import blake3
 
 from jaxmerge.checkpoints import (
     CheckpointError,
@@ -45,7 +44,7 @@ def test_leaves_have_nested_names(path):
     assert kernel.astype(float).tolist() == [[3.0, 4.0]]
     assert checkpoint.read("scale", ()).shape == ()
     assert checkpoint.sidecars() == []
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = blake3(path.read_bytes()).hexdigest()
     assert checkpoint.digest() == {"flax_model.msgpack": digest}
 
 

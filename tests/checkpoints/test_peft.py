@@ -1,6 +1,5 @@
 """PEFT adapters: what they do to their base, and every refusal."""
 
-import hashlib
 import json
 import math
 import re
@@ -13,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from blake3 import blake3
 
 import jaxmerge
 from jaxmerge import LowRank, load_adapter, merge_checkpoints
@@ -106,7 +106,7 @@ def test_the_model_that_an_adapter_makes(tmp_path, base):
     assert model.sidecars() == base.sidecars() == [tmp_path / "base/config.json"]
     files = ("adapter_config.json", "adapter_model.safetensors")
     assert model.digest() == {
-        name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in files
+        name: blake3((path / name).read_bytes()).hexdigest() for name in files
     }
     with pytest.raises(CheckpointError, match=r"no leaf 'lm_head'. Did you mean"):
         model.read("lm_head")
@@ -433,7 +433,7 @@ def test_merging_adapters_equals_merging_their_models(
     report = json.loads(Path("merged/jaxmerge_report.json").read_text())
     digests = {"code": open_checkpoint("code", base).digest(), "base": base.digest()}
     for name, digest in digests.items():
-        assert report["sha256"][str(Path(name).resolve())] == digest
+        assert report["blake3"][str(Path(name).resolve())] == digest
 
 
 def test_merging_is_not_averaging_factors(tmp_path, base, adapters):

@@ -274,7 +274,7 @@ def test_checkpoints_go_in_with_their_sidecars(tmp_path):
     assert (tmp_path / "out/config.json").read_text() == "{}"
     made = store.files.task("math").document["made"]
     assert made["from"] == str(tmp_path / "math")
-    assert made["sha256"] == jaxmerge.open_checkpoint(tmp_path / "math").digest()
+    assert made["blake3"] == jaxmerge.open_checkpoint(tmp_path / "math").digest()
     assert_trees_equal(jaxmerge.load(tmp_path / "store/base"), nested(base))
     vector = flat(jaxmerge.load(tmp_path / "store/shared.safetensors"))
     assert sorted(vector) == ["block/bias", "block/kernel", "head/kernel", "norm/scale"]
