@@ -1,17 +1,23 @@
 """How a program falls apart into steps by rows, and barriers that need whole arrays."""
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxmerge.jaxprs import CALLS, called, is_literal
+from jaxmerge.jaxprs import CALLS, PLAIN_CALLS, Equation, called, is_literal
 from jaxmerge.rowwise import Rule, Step, rule_of
 
 # A barrier stands behind draws: see `random_words`.
 _SLOW = frozenset({"optimization_barrier", "random_bits", "sort"})
+
+IN_NUMPY: dict[str, Callable[..., Any]] = {}
+"""By the name of a compiled function, what NumPy does instead, which is faster on CPUs.
+
+It is called with the operands of the function, whole arrays, and returns a scalar.
+"""
 
 _MOST_CHOICES = 48 << 20
 """Bytes of choices that may stay, so that they are not made for every pass again; they
@@ -64,7 +70,7 @@ class Program:
 
         for eqn in jaxpr.eqns:
             operands = tuple(map(number, eqn.invars))
-            if eqn.primitive.name in CALLS:
+            if eqn.primitive.name in CALLS and not _in_numpy(eqn):
                 results = self._walk(*called(eqn), operands)
             else:
                 results = self._step(eqn, operands)
@@ -93,12 +99,14 @@ class Stage(NamedTuple):
         steps: what runs then.
         operands: the values that it takes, but for literals.
         results: those of its values that are of use later.
+        in_numpy: whether NumPy does what the steps do.
     """
 
     gathered: list[int]
     steps: list[Step]
     operands: list[int]
     results: list[int]
+    in_numpy: bool
 
 
 class Division(NamedTuple):
@@ -181,22 +189,41 @@ def _division(
     rows = program.avals[inputs[0]].shape[0]
     makers: dict[int, Step | None] = dict.fromkeys(inputs)
     rules: dict[Step, Rule] = {}
-    groups: list[tuple[list[int], list[Step]]] = [([], [])]
+    groups = [_Group([], [], False)]
+    born: dict[int, int] = {}  # By whole value, its group.
     for step in program.steps:
         if rule := rule_of(step, program.avals, makers.keys(), rows):
             aligned = rule.aligned | choices.intersection(step.operands)
             rules[step] = rule._replace(aligned=aligned)
             makers |= dict.fromkeys(step.results, step)
             if chosen := [i for i in step.results if i in choices]:
-                groups.append((chosen, []))
+                groups.append(_Group(chosen, [], False))
+                born |= dict.fromkeys(chosen, len(groups) - 1)
             continue
         operands = dict.fromkeys(step.operands)
         barred = [i for i in operands if i in makers and i not in choices]
-        if not set(barred).issubset(groups[-1][0]):  # Else they are there.
-            groups.append((barred, []))
-        groups[-1][1].append(step)
+        in_numpy = _in_numpy(step.eqn)
+        small = all(program.avals[i].shape == () for i in step.results)
+        # What is small is made as soon as it can be: it may be what a search needs that
+        # asks for the same values as an earlier one.
+        first = max((born.get(i, 0) for i in operands if i not in barred), default=0)
+        first = first if small else len(groups) - 1
+        at = next(
+            (
+                i
+                for i, group in enumerate(groups)
+                if i >= first
+                and group.in_numpy == in_numpy
+                and set(barred).issubset(group.gathered)
+            ),
+            len(groups),
+        )
+        if at == len(groups):
+            groups.append(_Group(barred, [], in_numpy))
+        groups[at].steps.append(step)
+        born |= dict.fromkeys(step.results, at)
     stages = []
-    for gathered, steps in groups:
+    for gathered, steps, in_numpy in groups:
         made = [i for step in steps for i in step.results]
         within = set(steps)
         later = set(program.outs).union(
@@ -210,6 +237,7 @@ def _division(
                 steps,
                 [i for i in taken if i not in within_reach],
                 [i for i in made if i in later],
+                in_numpy,
             )
         )
     sorts = {
@@ -218,6 +246,21 @@ def _division(
         if _is_for_numpy(step, program.avals)
     }
     return Division(stages, rules, makers, choices, sorts, program.literals.keys())
+
+
+class _Group(NamedTuple):
+    gathered: list[int]
+    steps: list[Step]
+    in_numpy: bool
+
+
+def _in_numpy(eqn: Equation) -> bool:
+    """Whether `IN_NUMPY` has what an equation does."""
+    if eqn.primitive.name not in PLAIN_CALLS or jax.default_backend() != "cpu":
+        return False
+    # Under `vmap` the function is one of several arrays at once.
+    is_alone = [var.aval.shape for var in eqn.outvars] == [()]
+    return is_alone and eqn.params.get("name") in IN_NUMPY
 
 
 def _is_for_numpy(step: Step, avals: Sequence[Any]) -> bool:

@@ -16,6 +16,8 @@ import numpy as np
 from jax import Array
 
 from jaxmerge import sharding
+from jaxmerge.dividing import IN_NUMPY
+from jaxmerge.selecting import kth_largest_integer
 
 LOW_BITS = 8
 
@@ -193,12 +195,13 @@ def _kth_bits(caller: str, bits: list[Array], k: int | Count, width: int) -> Arr
         k = Count.of(int(k))
 
     mesh = sharding.mesh_of(*bits)
-    return _search(bits, k, width=width, alone=mesh is None or mesh.size == 1)
+    return _kth_of_bits(bits, k, width=width, alone=mesh is None or mesh.size == 1)
 
 
-# Compiled by itself so that it is traced once, however many models ask for it.
+# Compiled by itself so that it is traced once, however many models ask for it, and so
+# that NumPy can take its place.
 @functools.partial(jax.jit, static_argnames=("width", "alone"))
-def _search(bits: list[Array], k: Count, *, width: int, alone: bool) -> Array:
+def _kth_of_bits(bits: list[Array], k: Count, *, width: int, alone: bool) -> Array:
     search = functools.partial(settle_digits, width=width)
     on_cpu = functools.partial(
         search, digit_bits=2, sums=sums_together if alone else sums_apart
@@ -214,6 +217,15 @@ def _search(bits: list[Array], k: Count, *, width: int, alone: bool) -> Array:
         default=functools.partial(search, digit_bits=3, sums=sums_apart),
     )
 
+
+def _kth_of_bits_with_numpy(*operands: Any) -> np.integer:
+    *bits, high, low = map(np.asarray, operands)
+    flat = [b.reshape(-1) for b in bits]
+    integers = flat[0] if len(flat) == 1 else np.concatenate(flat)
+    return kth_largest_integer(integers, (int(high) << LOW_BITS) + int(low))
+
+
+IN_NUMPY["_kth_of_bits"] = _kth_of_bits_with_numpy
 
 _SAMPLED = 64  # One entry out of so many tells where about the answer is.
 _WORTH_A_SAMPLE = 1 << 18

@@ -238,6 +238,36 @@ def test_numpy_sorts_integers_and_each_part_is_read_once():
     np.testing.assert_array_equal(result, jax.jit(probabilities)(x))
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere XLA searches")
+def test_numpy_searches_for_the_kth_magnitude(monkeypatch):
+    (name,) = dividing.IN_NUMPY
+    search, calls = dividing.IN_NUMPY[name], []
+
+    def counted(*operands):
+        calls.append(operands)
+        return search(*operands)
+
+    monkeypatch.setitem(dividing.IN_NUMPY, name, counted)
+
+    def twice(x):
+        middle = jnp.where(jnp.abs(x) <= kth_magnitude(x, 3), x, 0)
+        return jnp.where(jnp.abs(x) >= kth_magnitude(middle, Count.of(20)), middle, 0)
+
+    x = leaf()
+    (result,), _ = by_rows(twice, x, sliced=[True])
+    assert len(calls) == 2
+    np.testing.assert_array_equal(result, twice(x))
+
+    def of_each_layer(x):
+        return jax.vmap(
+            lambda layer: jnp.where(layer >= kth_magnitude(layer, 2), 1, 0)
+        )(x)
+
+    (result,), _ = by_rows(of_each_layer, x, sliced=[True])
+    assert len(calls) == 2  # XLA searches in all layers at once.
+    np.testing.assert_array_equal(result, of_each_layer(x))
+
+
 @pytest.mark.parametrize(
     ("number", "most", "sizes"),
     [
