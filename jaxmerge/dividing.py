@@ -19,7 +19,7 @@ IN_NUMPY: dict[str, Callable[..., Any]] = {}
 It is called with the operands of the function, whole arrays, and returns a scalar.
 """
 
-_MOST_CHOICES = 48 << 20
+_MOST_CHOICES = 16 << 20
 """Bytes of choices that may stay, so that they are not made for every pass again; they
 come on top of the memory for rows."""
 
@@ -95,6 +95,7 @@ class Stage(NamedTuple):
     """Steps on whole arrays.
 
     Attributes:
+        kept: choices that are made before all else.
         gathered: values by rows that must be put together before.
         steps: what runs then.
         operands: the values that it takes, but for literals.
@@ -102,6 +103,7 @@ class Stage(NamedTuple):
         in_numpy: whether NumPy does what the steps do.
     """
 
+    kept: list[int]
     gathered: list[int]
     steps: list[Step]
     operands: list[int]
@@ -116,7 +118,9 @@ class Division(NamedTuple):
         stages: in the order in which whole arrays become known.
         rules: the steps by rows.
         makers: the step that each value by rows comes from; None for inputs.
-        choices: values by rows that stay whole as soon as they are known.
+        choices: values by rows that are made by themselves: a bit for each entry, in
+            much time.
+        kept: those of them that stay when they are made.
         sorts: values by rows that NumPy sorts, and what it sorts for them.
         literals: values that are written out.
     """
@@ -125,52 +129,54 @@ class Division(NamedTuple):
     rules: dict[Step, Rule]
     makers: dict[int, Step | None]
     choices: frozenset[int]
+    kept: frozenset[int]
     sorts: dict[int, int]
     literals: Collection[int]
 
-    def dropped(self, stage: Stage) -> list[int]:
-        """What has been put together for a stage alone."""
-        return [i for i in stage.gathered if i not in self.choices]
+    @property
+    def made(self) -> Collection[int]:
+        """What is made for each part that asks for it, before what asks."""
+        return self.sorts.keys() | (self.choices - self.kept)
 
     def way_to(self, value: int) -> tuple[list[int], list[int], list[Step]]:
-        """The inputs and sorts cut, the whole values and the steps up to a value."""
+        """The inputs, sorts and choices cut, the whole values, the steps to a value."""
         cut: dict[int, None] = {}
         whole: dict[int, None] = {}
         steps: dict[Step, None] = {}
 
         def visit(i: int) -> None:
-            if i not in self.makers or (i in self.choices and i != value):
+            if i not in self.makers:
                 whole[i] = None
-            elif (step := self.makers[i]) is None or i in self.sorts:
+            elif (step := self.makers[i]) is None or i in self.sorts or is_apart(i):
                 cut[i] = None
             elif step not in steps:
                 for operand in step.operands:
                     visit(operand)
                 steps[step] = None
 
+        def is_apart(i: int) -> bool:
+            return i in self.choices and i != value
+
         visit(value)
-        # At least one input is read, as its rows tell how many are asked for.
-        inputs = (i for i, step in self.makers.items() if step is None)
-        others = [i for i in whole if i not in self.literals]
-        return list(cut) or [next(inputs)], others, list(steps)
+        return list(cut), [i for i in whole if i not in self.literals], list(steps)
 
 
 def divide(program: Program, inputs: Sequence[int]) -> Division:
     """Divides a program some of whose inputs, by number, come by rows."""
-    division = _division(program, inputs, frozenset())
+    division = _division(program, inputs, frozenset(), frozenset())
+    choices = frozenset(_choices(program, division))
     # What a sort is made from is as slow as what is made from it.
-    choices = frozenset(_worth_keeping(program, division._replace(sorts={})))
-    return _division(program, inputs, choices) if choices else division
+    kept = frozenset(_worth_keeping(program, division._replace(sorts={}), choices))
+    return _division(program, inputs, choices, kept) if choices else division
 
 
-def _worth_keeping(program: Program, division: Division) -> Iterator[int]:
-    """What takes few bytes and much time, and would be computed for several passes.
+def _choices(program: Program, division: Division) -> Iterator[int]:
+    """What is chosen by ranks or at random.
 
-    That is what is chosen by ranks or at random: a bit for each entry.
+    It is made by itself: the program for that is the same for each model, where one
+    that has it among other steps has it as many times as there are models.
     """
-    asked = [i for stage in division.stages for i in stage.gathered] + program.outs
-    ways = [set(division.way_to(i)[2]) for i in asked if i in division.makers]
-    slow, budget = set(), _MOST_CHOICES
+    slow: set[int] = set()
     for step in division.rules:
         if step.eqn.primitive.name not in _SLOW and slow.isdisjoint(step.operands):
             continue
@@ -178,30 +184,45 @@ def _worth_keeping(program: Program, division: Division) -> Iterator[int]:
         aval = program.avals[result]
         if more or aval.dtype != np.bool or result in program.outs:
             slow.update(step.results)
-        elif sum(step in way for way in ways) > 1 and budget >= nbytes(aval):
-            budget -= nbytes(aval)
+        else:
             yield result
 
 
+def _worth_keeping(
+    program: Program, division: Division, choices: Collection[int]
+) -> Iterator[int]:
+    """The choices that would be made for several passes, as far as there is memory."""
+    asked = [i for stage in division.stages for i in stage.gathered] + program.outs
+    ways = [set(division.way_to(i)[2]) for i in asked if i in division.makers]
+    budget = _MOST_CHOICES
+    for choice in choices:
+        size = nbytes_kept(program.avals[choice])
+        passes = sum(division.makers[choice] in way for way in ways)
+        if passes > 1 and budget >= size:
+            budget -= size
+            yield choice
+
+
 def _division(
-    program: Program, inputs: Sequence[int], choices: frozenset[int]
+    program: Program,
+    inputs: Sequence[int],
+    choices: frozenset[int],
+    kept_choices: frozenset[int],
 ) -> Division:
     rows = program.avals[inputs[0]].shape[0]
     makers: dict[int, Step | None] = dict.fromkeys(inputs)
     rules: dict[Step, Rule] = {}
-    groups = [_Group([], [], False)]
+    groups = [_Group([], [], [], False)]
     born: dict[int, int] = {}  # By whole value, its group.
     for step in program.steps:
         if rule := rule_of(step, program.avals, makers.keys(), rows):
-            aligned = rule.aligned | choices.intersection(step.operands)
-            rules[step] = rule._replace(aligned=aligned)
+            rules[step] = rule
             makers |= dict.fromkeys(step.results, step)
-            if chosen := [i for i in step.results if i in choices]:
-                groups.append(_Group(chosen, [], False))
-                born |= dict.fromkeys(chosen, len(groups) - 1)
+            if kept := [i for i in step.results if i in kept_choices]:
+                groups.append(_Group(kept, [], [], False))
             continue
         operands = dict.fromkeys(step.operands)
-        barred = [i for i in operands if i in makers and i not in choices]
+        barred = [i for i in operands if i in makers]
         in_numpy = _in_numpy(step.eqn)
         small = all(program.avals[i].shape == () for i in step.results)
         # What is small is made as soon as it can be: it may be what a search needs that
@@ -219,11 +240,11 @@ def _division(
             len(groups),
         )
         if at == len(groups):
-            groups.append(_Group(barred, [], in_numpy))
+            groups.append(_Group([], barred, [], in_numpy))
         groups[at].steps.append(step)
         born |= dict.fromkeys(step.results, at)
     stages = []
-    for gathered, steps, in_numpy in groups:
+    for kept, gathered, steps, in_numpy in groups:
         made = [i for step in steps for i in step.results]
         within = set(steps)
         later = set(program.outs).union(
@@ -233,6 +254,7 @@ def _division(
         within_reach = {*made, *program.literals}
         stages.append(
             Stage(
+                kept,
                 gathered,
                 steps,
                 [i for i in taken if i not in within_reach],
@@ -245,10 +267,13 @@ def _division(
         for step in rules
         if _is_for_numpy(step, program.avals)
     }
-    return Division(stages, rules, makers, choices, sorts, program.literals.keys())
+    return Division(
+        stages, rules, makers, choices, kept_choices, sorts, program.literals.keys()
+    )
 
 
 class _Group(NamedTuple):
+    kept: list[int]
     gathered: list[int]
     steps: list[Step]
     in_numpy: bool
@@ -277,3 +302,8 @@ def nbytes(aval: Any) -> int:
     """The bytes of an array of a type."""
     itemsize = np.dtype(aval.dtype).itemsize if hasattr(aval.dtype, "kind") else 8
     return math.prod(aval.shape) * itemsize
+
+
+def nbytes_kept(aval: Any) -> int:
+    """The bytes of a choice, with a bit for each entry and whole bytes for each row."""
+    return aval.shape[0] * -(-math.prod(aval.shape[1:]) // 8)

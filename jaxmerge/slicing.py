@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax import Array, lax
 
-from jaxmerge.dividing import IN_NUMPY, Program, Stage, divide, nbytes
+from jaxmerge.dividing import IN_NUMPY, Program, Stage, divide, nbytes, nbytes_kept
 from jaxmerge.jaxprs import factorises, text_of
 
 Reader = Callable[[int, int], Any]
@@ -59,9 +59,10 @@ class Sliced:
         self.uses_lapack = any(factorises(step.eqn) for step in self._program.steps)
         avals = self._program.avals
         self.held = max(
-            sum(nbytes(avals[i]) for i in self._division.choices.union(stage.gathered))
+            sum(nbytes(avals[i]) for i in stage.gathered)
             for stage in self._division.stages
         )
+        self.held += sum(nbytes_kept(avals[i]) for i in self._division.kept)
         self._numbers = {value: i for i, value in enumerate(self._program.inputs)}
         self._compiled: dict[int, Any] = {}
         self._alike: dict[str, Any] = {}
@@ -81,10 +82,12 @@ class Sliced:
         found = _Found(inputs, known, {})
         rows = functools.partial(self._rows, found)
         for stage in self._division.stages:
-            for value in stage.gathered:
+            for value in (*stage.kept, *stage.gathered):
                 most = fit(self._read_for(value))
+                put = _keep if value in stage.kept else _gather
                 aval = self._program.avals[value]
-                known[value] = _gather(aval, functools.partial(rows, value), most)
+                into = inputs if value in stage.kept else known
+                into[value] = put(aval, functools.partial(rows, value), most)
                 found.parts.clear()  # They would be held while the stage runs.
             if stage.in_numpy:
                 for step in stage.steps:
@@ -95,7 +98,7 @@ class Sliced:
                 # Or the arrays of all stages would be allocated ahead.
                 jax.block_until_ready(results)
                 known |= dict(zip(stage.results, results, strict=True))
-            for value in self._division.dropped(stage):
+            for value in stage.gathered:
                 del known[value]
         return [
             functools.partial(rows, i) if i in self._division.makers else known[i]
@@ -106,24 +109,31 @@ class Sliced:
         """Computes some rows of a value."""
         run, cut, others = self._by_rows(value)
         parts = [self._part(found, i, start, stop) for i in cut]
-        return run(parts, [found.known[i] for i in others], np.uint32(start))
+        known = [found.known[i] for i in others]
+        return run(parts, known, np.uint32(start), _counted(stop - start))
 
     def _part(self, found: "_Found", value: int, start: int, stop: int) -> Any:
-        """Some rows of an input, or of what NumPy sorts."""
-        if not self._division.sorts:
+        """Some rows of an input, a choice, or of what NumPy sorts."""
+        if not self._division.made:
             return found.inputs[value](start, stop)
-        # What builds on sorts asks for the same rows several times.
+        # Else the same rows are asked for several times.
         if (start, stop) not in found.parts:
             found.parts.clear()
             found.parts[start, stop] = {}
         parts = found.parts[start, stop]
         if value not in parts:
-            parts[value] = (
-                _sorted(self._rows(found, self._division.sorts[value], start, stop))
-                if value in self._division.sorts
-                else found.inputs[value](start, stop)
+            read = (
+                functools.partial(self._make, found, value)
+                if value in self._division.made
+                else found.inputs[value]
             )
+            parts[value] = read(start, stop)
         return parts[value]
+
+    def _make(self, found: "_Found", value: int, start: int, stop: int) -> Any:
+        sorts = self._division.sorts
+        rows = self._rows(found, sorts.get(value, value), start, stop)
+        return _sorted(rows) if value in sorts else rows
 
     def pieces(self, leaves: Sequence[Any], fit: Fit) -> Iterator["Piece"]:
         """What a call runs, from shapes alone: to know its costs before.
@@ -133,11 +143,6 @@ class Sliced:
             fit: as in a call.
         """
         inputs = dict(zip(self._program.inputs, leaves, strict=True))
-        sliced = [
-            self._numbers[i]
-            for i, step in self._division.makers.items()
-            if step is None
-        ]
         whole = dict.fromkeys(self._program.constants)  # Those in memory.
 
         def shape_of(value: int) -> Any:
@@ -154,38 +159,38 @@ class Sliced:
                 aval = self._program.avals[i]
                 return jax.ShapeDtypeStruct((rows, *aval.shape[1:]), aval.dtype)
 
-            sorts = self._sorts_for(value)
-            made, there = 0, set()  # Bytes that are sorted; rows that are read.
-            for asked, result in [
-                *((self._division.sorts[i], i) for i in sorts),
-                (value, None),
-            ]:
-                run, cut, others = self._by_rows(asked)
+            made, there = 0, set()  # Bytes that are made; rows that are read.
+            for asked in [*self._made_for(value), value]:
+                run, cut, others = self._by_rows(self._division.sorts.get(asked, asked))
                 parts, known = map(part_of, cut), map(shape_of, others)
-                arguments = list(parts), list(known), np.uint32(0)
+                arguments = list(parts), list(known), np.uint32(0), _counted(rows)
                 read = [i for i in cut if i in self._numbers and i not in there]
                 there.update(read)
                 of_rows = [self._numbers[i] for i in read]
                 yield Piece(run, arguments, kept() + made, of_rows, calls)
-                if result is not None:
-                    made += nbytes(part_of(result))
-                    yield Piece(_SORT, (part_of(result),), kept() + made, [], calls)
+                made += nbytes(part_of(asked))
+                if asked in self._division.sorts:
+                    yield Piece(_SORT, (part_of(asked),), kept() + made, [], calls)
 
         def kept() -> int:
-            return sum(nbytes(self._program.avals[i]) for i in whole)
+            return sum(nbytes(self._program.avals[i]) for i in whole) + bits
 
+        bits = 0
         for stage in self._division.stages:
+            for value in stage.kept:
+                yield from by_rows(value, self._read_for(value))
+                bits += nbytes_kept(self._program.avals[value])
             for value in stage.gathered:
                 whole[value] = None
                 yield from by_rows(value, self._read_for(value))
             arguments = ([shape_of(i) for i in stage.operands],)
             yield Piece(self._settle(stage), arguments, kept(), [], 1)
             whole |= dict.fromkeys(stage.results)
-            for value in self._division.dropped(stage):
+            for value in stage.gathered:
                 del whole[value]
         for value in self._program.outs:
             if value in self._division.makers:
-                yield from by_rows(value, sliced)
+                yield from by_rows(value, self._cut_leaves())
 
     def _settle(self, stage: Stage) -> Any:
         """The compiled steps of a stage."""
@@ -206,11 +211,11 @@ class Sliced:
         if value not in self._compiled:
             cut, others, steps = self._division.way_to(value)
 
-            def run(parts: list[Any], known: list[Any], start: Array) -> Array:
-                count = parts[0].shape[0]
+            def run(
+                parts: list[Any], known: list[Any], start: Array, rows: Array
+            ) -> Array:
+                count = len(rows)
                 values = dict(zip(others, known, strict=True))
-                if value in values:
-                    return lax.dynamic_slice_in_dim(values[value], start, count)
                 values |= self._program.literals | dict(zip(cut, parts, strict=True))
                 for step in steps:
                     rule = self._division.rules[step]
@@ -223,22 +228,34 @@ class Sliced:
                     rule.run(step, values, operands, start, count)
                 return values[value]
 
+            rows = self._program.avals[value].shape[0]
             shapes = self._shapes(cut), self._shapes(others), np.uint32(0)
-            self._compiled[value] = self._jit(run, *shapes), cut, others
+            compiled = self._jit(run, *shapes, _counted(rows))
+            self._compiled[value] = compiled, cut, others
         return self._compiled[value]
 
     def _read_for(self, value: int) -> list[int]:
-        """The leaves of the arguments that rows of a value come from, by number."""
-        values = [self._division.sorts[i] for i in self._sorts_for(value)] + [value]
-        cut = dict.fromkeys(i for each in values for i in self._by_rows(each)[1])
-        return [self._numbers[i] for i in cut if i in self._numbers]
+        """The leaves of the arguments that rows of a value come from, by number.
 
-    def _sorts_for(self, value: int) -> list[int]:
-        """What NumPy has to sort for rows of a value, in order."""
+        Those that come from none take as much memory as those that come from one.
+        """
+        sorts, made = self._division.sorts, self._made_for(value)
+        ways = [self._by_rows(sorts.get(i, i)) for i in (*made, value)]
+        cut = dict.fromkeys(i for _, cut, _ in ways for i in cut)
+        read = [self._numbers[i] for i in cut if i in self._numbers]
+        return read or self._cut_leaves()[:1]
+
+    def _cut_leaves(self) -> list[int]:
+        makers = self._division.makers
+        return [self._numbers[i] for i, step in makers.items() if step is None]
+
+    def _made_for(self, value: int) -> list[int]:
+        """What has to be made for rows of a value, in order."""
         found: dict[int, None] = {}
         for i in self._by_rows(value)[1]:
-            if i in self._division.sorts:
-                found |= dict.fromkeys([*self._sorts_for(self._division.sorts[i]), i])
+            if i in self._division.made:
+                of = self._division.sorts.get(i, i)
+                found |= dict.fromkeys([*self._made_for(of), i])
         return list(found)
 
     def _jit(self, run: Callable[..., Any], *shapes: Any) -> Any:
@@ -285,6 +302,11 @@ class Piece(NamedTuple):
     calls: int
 
 
+def _counted(rows: int) -> np.ndarray:
+    """Tells a compiled function how many rows there are."""
+    return np.empty((rows, 0), np.bool)
+
+
 def _gather(aval: Any, read: Reader, rows: int) -> Array:
     if rows >= aval.shape[0]:
         return read(0, aval.shape[0])  # It is an array already: nothing to copy.
@@ -292,6 +314,21 @@ def _gather(aval: Any, read: Reader, rows: int) -> Array:
     for start, stop in evenly(len(whole), rows):
         whole[start:stop] = read(start, stop)
     return jax.device_put(whole, may_alias=True)
+
+
+def _keep(aval: Any, read: Reader, rows: int) -> Reader:
+    """Puts a choice together, with a bit for each entry; reads rows of that."""
+    number, *row = aval.shape
+    bits = np.empty((number, -(-math.prod(row) // 8)), np.uint8)
+    for start, stop in evenly(number, rows):
+        chosen = np.asarray(read(start, stop)).reshape(stop - start, -1)
+        bits[start:stop] = np.packbits(chosen, axis=-1)
+
+    def read_kept(start: int, stop: int) -> np.ndarray:
+        chosen = np.unpackbits(bits[start:stop], axis=-1, count=math.prod(row))
+        return chosen.view(np.bool).reshape(stop - start, *row)
+
+    return read_kept
 
 
 def _sorted(rows: Array) -> Array:
