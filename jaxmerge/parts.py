@@ -15,7 +15,7 @@ from jaxmerge.matrixwise import MatrixPlan, plan_matrices
 from jaxmerge.planning import Part
 from jaxmerge.recipe_syntax import MergeError
 from jaxmerge.reports import sums_of_squares
-from jaxmerge.sharding import AnyMesh, shardings, spread_evenly
+from jaxmerge.sharding import AnyMesh, mesh_only_if, shardings, spread_evenly
 from jaxmerge.streaming import (
     StoredLeaf,
     all_finite,
@@ -76,7 +76,7 @@ class PartMerge:
         # Of arrays on a mesh, each process has a share.
         processes = jax.process_count() if self.placed else 1
         base, models = self.lazy_trees(self._memory * processes)
-        with turns, precision(self._wide):
+        with turns, precision(self._wide), mesh_only_if(bool(self.placed)):
             if part.method.holds_model(part.recipe.options):
                 base, models = load((base, models))
             self._merged = self.call(base, models)
@@ -188,7 +188,7 @@ class PartMerge:
         if not part.merged:
             return
         try:
-            with precision(self._wide):
+            with precision(self._wide), mesh_only_if(bool(self.placed)):
                 jax.eval_shape(self.call, base, models)
         except ValueError as error:
             raise MergeError(f"{part.recipe.source}: {error}") from error

@@ -6,6 +6,7 @@ and many functions refuse an array whose sharding they cannot propagate. Everyth
 works on both, and does nothing where there is no mesh.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -45,6 +46,15 @@ def mesh_of(*arrays: Any) -> AnyMesh | None:
             return placed.mesh
     context = jax.sharding.get_abstract_mesh()
     return None if context.empty else context
+
+
+def mesh_only_if(wanted: bool) -> contextlib.AbstractContextManager[Any]:
+    """Leaves the mesh that a caller has set with `jax.set_mesh`, or sets none.
+
+    What is computed beside a mesh would else have a type that says it lies on it.
+    """
+    nothing = Mesh(np.empty((), object), ())
+    return contextlib.nullcontext() if wanted else jax.set_mesh(nothing)
 
 
 def auto(fn: Callable[..., Any], like: Any) -> Callable[..., Any]:

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding
 
 from jaxmerge.checkpoints import Checkpoint, Index
 from jaxmerge.lazy import Deferred, LazyLeaf, slices
-from jaxmerge.sharding import of
+from jaxmerge.sharding import mesh_only_if, of
 from jaxmerge.slicing import Reader
 
 WORKERS = 3
@@ -119,7 +119,8 @@ def computed(leaf: Any, wide: bool) -> Iterator[tuple[Index, np.ndarray]]:
     parts, sharded = slices(leaf), of(leaf) is not None
     beside = isinstance(leaf, Deferred) and not sharded and not leaf.is_alone()
     while True:
-        with contextlib.nullcontext() if beside else turns, precision(wide):
+        alone = contextlib.nullcontext() if beside else turns
+        with alone, precision(wide), mesh_only_if(sharded):
             part = next(parts, None)
             if part is None:
                 return

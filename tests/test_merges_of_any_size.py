@@ -120,6 +120,15 @@ def test_on_a_mesh(runs, tmp_path, mesh, name, rules):
     assert_same(tmp_path / "mesh", expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("memory", [10**9, 2000])
+def test_a_mesh_that_is_set_for_others(runs, tmp_path, mesh, memory):
+    recipe = recipe_for(runs, "dare")
+    merge_checkpoints(recipe, tmp_path / "beside", memory=memory)
+    with jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())):
+        merge_checkpoints(recipe, tmp_path / "alone", memory=memory)
+    assert_same(tmp_path / "beside", jaxmerge.load(tmp_path / "alone"))
+
+
 def test_rules_that_do_not_fit_a_leaf(runs, tmp_path, mesh):
     rules = {"temperature": P("data")}
     with pytest.raises(
