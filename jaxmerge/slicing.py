@@ -93,7 +93,7 @@ class Sliced:
                 for step in stage.steps:
                     run = IN_NUMPY[step.eqn.params["name"]]
                     known[step.results[0]] = run(*(known[i] for i in step.operands))
-            else:
+            elif stage.steps:
                 results = self._settle(stage)([known[i] for i in stage.operands])
                 # Or the arrays of all stages would be allocated ahead.
                 jax.block_until_ready(results)
@@ -183,8 +183,9 @@ class Sliced:
             for value in stage.gathered:
                 whole[value] = None
                 yield from by_rows(value, self._read_for(value))
-            arguments = ([shape_of(i) for i in stage.operands],)
-            yield Piece(self._settle(stage), arguments, kept(), [], 1)
+            if stage.steps:
+                arguments = ([shape_of(i) for i in stage.operands],)
+                yield Piece(self._settle(stage), arguments, kept(), [], 1)
             whole |= dict.fromkeys(stage.results)
             for value in stage.gathered:
                 del whole[value]
