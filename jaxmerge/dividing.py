@@ -19,6 +19,22 @@ IN_NUMPY: dict[str, Callable[..., Any]] = {}
 It is called with the operands of the function, whole arrays, and returns a scalar.
 """
 
+
+class OfRows(NamedTuple):
+    """A function of one array, whose last axis alone matters, to an array of its shape.
+
+    Attributes:
+        run: called with an array and what to write the result into.
+        compiled: the same for XLA: it tells the costs.
+    """
+
+    run: Callable[[np.ndarray, np.ndarray], None]
+    compiled: Any
+
+
+ROWS_IN_NUMPY: dict[str, OfRows] = {}
+"""The same as `IN_NUMPY`, for what can be done with some rows at a time."""
+
 _MOST_CHOICES = 16 << 20
 """Bytes of choices that may stay, so that they are not made for every pass again; they
 come on top of the memory for rows."""
@@ -70,7 +86,7 @@ class Program:
 
         for eqn in jaxpr.eqns:
             operands = tuple(map(number, eqn.invars))
-            if eqn.primitive.name in CALLS and not _in_numpy(eqn):
+            if eqn.primitive.name in CALLS and not _stays_whole(eqn):
                 results = self._walk(*called(eqn), operands)
             else:
                 results = self._step(eqn, operands)
@@ -121,7 +137,7 @@ class Division(NamedTuple):
         choices: values by rows that are made by themselves: a bit for each entry, in
             much time.
         kept: those of them that stay when they are made.
-        sorts: values by rows that NumPy sorts, and what it sorts for them.
+        by_numpy: the steps that values by rows come from which NumPy makes.
         literals: values that are written out.
     """
 
@@ -130,16 +146,24 @@ class Division(NamedTuple):
     makers: dict[int, Step | None]
     choices: frozenset[int]
     kept: frozenset[int]
-    sorts: dict[int, int]
+    by_numpy: dict[int, Step]
     literals: Collection[int]
 
     @property
     def made(self) -> Collection[int]:
         """What is made for each part that asks for it, before what asks."""
-        return self.sorts.keys() | (self.choices - self.kept)
+        return self.by_numpy.keys() | (self.choices - self.kept)
+
+    def computed_for(self, value: int) -> int:
+        """What XLA has to compute for a value: what NumPy makes it from, or itself."""
+        step = self.by_numpy.get(value)
+        return value if step is None else step.operands[0]
 
     def way_to(self, value: int) -> tuple[list[int], list[int], list[Step]]:
-        """The inputs, sorts and choices cut, the whole values, the steps to a value."""
+        """What is cut, the whole values and the steps up to a value.
+
+        Inputs are cut, and so is what is made before: choices, and what NumPy makes.
+        """
         cut: dict[int, None] = {}
         whole: dict[int, None] = {}
         steps: dict[Step, None] = {}
@@ -147,7 +171,7 @@ class Division(NamedTuple):
         def visit(i: int) -> None:
             if i not in self.makers:
                 whole[i] = None
-            elif (step := self.makers[i]) is None or i in self.sorts or is_apart(i):
+            elif (step := self.makers[i]) is None or is_apart(i):
                 cut[i] = None
             elif step not in steps:
                 for operand in step.operands:
@@ -155,7 +179,7 @@ class Division(NamedTuple):
                 steps[step] = None
 
         def is_apart(i: int) -> bool:
-            return i in self.choices and i != value
+            return i in self.by_numpy or (i in self.choices and i != value)
 
         visit(value)
         return list(cut), [i for i in whole if i not in self.literals], list(steps)
@@ -165,8 +189,9 @@ def divide(program: Program, inputs: Sequence[int]) -> Division:
     """Divides a program some of whose inputs, by number, come by rows."""
     division = _division(program, inputs, frozenset(), frozenset())
     choices = frozenset(_choices(program, division))
-    # What a sort is made from is as slow as what is made from it.
-    kept = frozenset(_worth_keeping(program, division._replace(sorts={}), choices))
+    # What comes before a step of NumPy's is as slow as what comes after.
+    all_of_it = division._replace(by_numpy={})
+    kept = frozenset(_worth_keeping(program, all_of_it, choices))
     return _division(program, inputs, choices, kept) if choices else division
 
 
@@ -177,8 +202,13 @@ def _choices(program: Program, division: Division) -> Iterator[int]:
     that has it among other steps has it as many times as there are models.
     """
     slow: set[int] = set()
-    for step in division.rules:
-        if step.eqn.primitive.name not in _SLOW and slow.isdisjoint(step.operands):
+    for step in program.steps:
+        starts = step.results[0] in division.by_numpy or (
+            step in division.rules and step.eqn.primitive.name in _SLOW
+        )
+        if not starts and (
+            step not in division.rules or slow.isdisjoint(step.operands)
+        ):
             continue
         (result, *more) = step.results
         aval = program.avals[result]
@@ -212,9 +242,14 @@ def _division(
     rows = program.avals[inputs[0]].shape[0]
     makers: dict[int, Step | None] = dict.fromkeys(inputs)
     rules: dict[Step, Rule] = {}
+    by_numpy: dict[int, Step] = {}
     groups = [_Group([], [], [], False)]
     born: dict[int, int] = {}  # By whole value, its group.
     for step in program.steps:
+        if _is_of_rows(step, program.avals, makers):
+            by_numpy[step.results[0]] = step
+            makers[step.results[0]] = step
+            continue
         if rule := rule_of(step, program.avals, makers.keys(), rows):
             rules[step] = rule
             makers |= dict.fromkeys(step.results, step)
@@ -262,14 +297,8 @@ def _division(
                 in_numpy,
             )
         )
-    sorts = {
-        step.results[0]: step.operands[0]
-        for step in rules
-        if _is_for_numpy(step, program.avals)
-    }
-    return Division(
-        stages, rules, makers, choices, kept_choices, sorts, program.literals.keys()
-    )
+    literals = program.literals.keys()
+    return Division(stages, rules, makers, choices, kept_choices, by_numpy, literals)
 
 
 class _Group(NamedTuple):
@@ -279,23 +308,31 @@ class _Group(NamedTuple):
     in_numpy: bool
 
 
+def _name_for_numpy(eqn: Equation) -> str | None:
+    """The name of a compiled function that an equation calls, on a CPU."""
+    if eqn.primitive.name not in PLAIN_CALLS or jax.default_backend() != "cpu":
+        return None
+    return eqn.params.get("name")
+
+
+def _stays_whole(eqn: Equation) -> bool:
+    """Whether a call is not to be replaced by what the function does."""
+    return _in_numpy(eqn) or _name_for_numpy(eqn) in ROWS_IN_NUMPY
+
+
 def _in_numpy(eqn: Equation) -> bool:
     """Whether `IN_NUMPY` has what an equation does."""
-    if eqn.primitive.name not in PLAIN_CALLS or jax.default_backend() != "cpu":
-        return False
     # Under `vmap` the function is one of several arrays at once.
     is_alone = [var.aval.shape for var in eqn.outvars] == [()]
-    return is_alone and eqn.params.get("name") in IN_NUMPY
+    return is_alone and _name_for_numpy(eqn) in IN_NUMPY
 
 
-def _is_for_numpy(step: Step, avals: Sequence[Any]) -> bool:
-    """Whether a step sorts plain integers: keys with values are left to XLA."""
-    if step.eqn.primitive.name != "sort" or len(step.operands) != 1:
+def _is_of_rows(step: Step, avals: Sequence[Any], by_rows: Collection[int]) -> bool:
+    """Whether `ROWS_IN_NUMPY` has what a step does with each row."""
+    if _name_for_numpy(step.eqn) not in ROWS_IN_NUMPY or len(step.operands) != 1:
         return False
-    aval = avals[step.operands[0]]
-    last = step.eqn.params["dimension"] == len(aval.shape) - 1
-    on_cpu = jax.default_backend() == "cpu"
-    return on_cpu and last and np.issubdtype(aval.dtype, np.integer)
+    (operand,) = step.operands
+    return operand in by_rows and len(avals[operand].shape) > 1
 
 
 def nbytes(aval: Any) -> int:

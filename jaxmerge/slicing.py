@@ -7,8 +7,8 @@ barriers, which need whole arrays. Rows come from the same rows of the inputs; w
 barrier needs is computed by rows and put together, one array at a time. A method does
 not have to know of it.
 
-On a CPU, NumPy sorts and searches: with its vectorised sort of integers, rows of a
-thousand take 2 ns an entry, where XLA takes 40; the k-th largest of all, 2, not 6.
+On a CPU, NumPy does what it is faster at, see `IN_NUMPY`: ranks in rows of a thousand
+take 10 ns an entry, where XLA takes 90; the k-th largest of all, 2, not 6.
 """
 
 import functools
@@ -20,7 +20,16 @@ import jax
 import numpy as np
 from jax import Array, lax
 
-from jaxmerge.dividing import IN_NUMPY, Program, Stage, divide, nbytes, nbytes_kept
+from jaxmerge.dividing import (
+    IN_NUMPY,
+    ROWS_IN_NUMPY,
+    OfRows,
+    Program,
+    Stage,
+    divide,
+    nbytes,
+    nbytes_kept,
+)
 from jaxmerge.jaxprs import factorises, text_of
 
 Reader = Callable[[int, int], Any]
@@ -28,9 +37,6 @@ Reader = Callable[[int, int], Any]
 
 Fit = Callable[[Sequence[int]], int]
 """How many rows of some of the leaves, by number, may be in memory at a time."""
-
-_SORT = jax.jit(lambda x: lax.sort(x, dimension=-1))
-"""Stands for a sort of NumPy's among pieces; it never runs."""
 
 
 class Sliced:
@@ -113,7 +119,7 @@ class Sliced:
         return run(parts, known, np.uint32(start), _counted(stop - start))
 
     def _part(self, found: "_Found", value: int, start: int, stop: int) -> Any:
-        """Some rows of an input, a choice, or of what NumPy sorts."""
+        """Some rows of an input, a choice, or of what NumPy makes."""
         if not self._division.made:
             return found.inputs[value](start, stop)
         # Else the same rows are asked for several times.
@@ -131,9 +137,18 @@ class Sliced:
         return parts[value]
 
     def _make(self, found: "_Found", value: int, start: int, stop: int) -> Any:
-        sorts = self._division.sorts
-        rows = self._rows(found, sorts.get(value, value), start, stop)
-        return _sorted(rows) if value in sorts else rows
+        of = self._division.computed_for(value)
+        rows = self._rows(found, of, start, stop)
+        if of == value:
+            return rows
+        aval = self._program.avals[value]
+        result = _empty((stop - start, *aval.shape[1:]), aval.dtype)
+        self._of_rows(value).run(np.asarray(rows), result)
+        return jax.device_put(result, may_alias=True)
+
+    def _of_rows(self, value: int) -> OfRows:
+        """How NumPy makes a value."""
+        return ROWS_IN_NUMPY[self._division.by_numpy[value].eqn.params["name"]]
 
     def pieces(self, leaves: Sequence[Any], fit: Fit) -> Iterator["Piece"]:
         """What a call runs, from shapes alone: to know its costs before.
@@ -161,7 +176,8 @@ class Sliced:
 
             made, there = 0, set()  # Bytes that are made; rows that are read.
             for asked in [*self._made_for(value), value]:
-                run, cut, others = self._by_rows(self._division.sorts.get(asked, asked))
+                computed = self._division.computed_for(asked)
+                run, cut, others = self._by_rows(computed)
                 parts, known = map(part_of, cut), map(shape_of, others)
                 arguments = list(parts), list(known), np.uint32(0), _counted(rows)
                 read = [i for i in cut if i in self._numbers and i not in there]
@@ -169,8 +185,9 @@ class Sliced:
                 of_rows = [self._numbers[i] for i in read]
                 yield Piece(run, arguments, kept() + made, of_rows, calls)
                 made += nbytes(part_of(asked))
-                if asked in self._division.sorts:
-                    yield Piece(_SORT, (part_of(asked),), kept() + made, [], calls)
+                if computed != asked:
+                    run, argument = self._of_rows(asked).compiled, part_of(computed)
+                    yield Piece(run, (argument,), kept() + made, [], calls)
 
         def kept() -> int:
             return sum(nbytes(self._program.avals[i]) for i in whole) + bits
@@ -240,9 +257,8 @@ class Sliced:
 
         Those that come from none take as much memory as those that come from one.
         """
-        sorts, made = self._division.sorts, self._made_for(value)
-        ways = [self._by_rows(sorts.get(i, i)) for i in (*made, value)]
-        cut = dict.fromkeys(i for _, cut, _ in ways for i in cut)
+        computed = map(self._division.computed_for, [*self._made_for(value), value])
+        cut = dict.fromkeys(i for each in computed for i in self._by_rows(each)[1])
         read = [self._numbers[i] for i in cut if i in self._numbers]
         return read or self._cut_leaves()[:1]
 
@@ -255,8 +271,8 @@ class Sliced:
         found: dict[int, None] = {}
         for i in self._by_rows(value)[1]:
             if i in self._division.made:
-                of = self._division.sorts.get(i, i)
-                found |= dict.fromkeys([*self._made_for(of), i])
+                before = self._made_for(self._division.computed_for(i))
+                found |= dict.fromkeys([*before, i])
         return list(found)
 
     def _jit(self, run: Callable[..., Any], *shapes: Any) -> Any:
@@ -276,7 +292,7 @@ class _Found(NamedTuple):
     Attributes:
         inputs: those of the call.
         known: whole values.
-        parts: by start and stop, the inputs and sorts of the rows that are computed.
+        parts: by start and stop, what was cut for the rows that are computed.
     """
 
     inputs: Mapping[int, Any]
@@ -330,14 +346,6 @@ def _keep(aval: Any, read: Reader, rows: int) -> Reader:
         return chosen.view(np.bool).reshape(stop - start, *row)
 
     return read_kept
-
-
-def _sorted(rows: Array) -> Array:
-    """Sorts the entries of each row, with NumPy."""
-    result = _empty(rows.shape, rows.dtype)
-    result[...] = rows
-    result.sort(axis=-1)
-    return jax.device_put(result, may_alias=True)
 
 
 def evenly(number: int, most: int) -> Iterator[tuple[int, int]]:

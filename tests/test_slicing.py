@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmerge import dividing, slicing
+from jaxmerge import dividing
 from jaxmerge.methods.dropping import keep_probabilities
 from jaxmerge.numerics import Count, kth_magnitude, norms, random_words, totals
 from jaxmerge.slicing import Sliced, evenly
@@ -231,20 +231,22 @@ def test_a_choice_that_is_a_result_comes_out():
     np.testing.assert_allclose(kept, jnp.where(ranked(x), x, x.sum()), rtol=1e-5)
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere XLA sorts")
-def test_numpy_sorts_integers_and_each_part_is_read_once():
-    x = leaf(shape=(ROWS, 40))
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere XLA ranks")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_numpy_ranks_rows_and_each_part_is_read_once(dtype):
+    x = jnp.round(3 * leaf(shape=(ROWS, 40))).astype(dtype)  # With many ties.
 
-    def probabilities(x):
-        return keep_probabilities(x, 0.0, 1.0, (0,))  # Two sorts, one after the other.
+    def kept(x):
+        likely = keep_probabilities(x.astype(jnp.float32), 0.0, 1.0, (0,))
+        return jnp.where(likely > 0.5, x, likely)
 
-    sliced = Sliced(probabilities, (x,), [True])
+    sliced = Sliced(kept, (x,), [True])
     pieces = list(sliced.pieces([x], lambda _: 4))
-    sorts = [piece for piece in pieces if piece.run is slicing._SORT]
-    programs = [p for p in pieces if p.run is not slicing._SORT]
-    assert [(s.calls, s.arguments[0].shape) for s in sorts] == [(3, (4, 40))] * 2
-    assert [piece.cut for piece in programs if piece.cut] == [[0]]
-    for piece in programs:
+    compiled = dividing.ROWS_IN_NUMPY["_ranks"].compiled
+    ranks = [piece for piece in pieces if piece.run is compiled]
+    others = [piece for piece in pieces if piece.run is not compiled]
+    assert [(p.calls, p.arguments[0].shape) for p in ranks] == [(3, (4, 1, 40))]
+    for piece in others:
         assert "sort[" not in str(jax.make_jaxpr(piece.run)(*piece.arguments))
     starts = []
 
@@ -255,7 +257,7 @@ def test_numpy_sorts_integers_and_each_part_is_read_once():
     (rows,) = sliced([read], lambda _: 4)
     result = np.concatenate([rows(0, 4), rows(4, 8), rows(8, 12)])
     assert starts == [0, 4, 8]
-    np.testing.assert_array_equal(result, jax.jit(probabilities)(x))
+    np.testing.assert_array_equal(result, jax.jit(kept)(x))
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere XLA searches")

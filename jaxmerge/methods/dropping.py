@@ -8,9 +8,12 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from jaxmerge.dividing import ROWS_IN_NUMPY, OfRows
 from jaxmerge.leafwise import merge_leaves
 from jaxmerge.linalg import map_matrices
 from jaxmerge.matrices import MatrixRules, rows_by_scope
@@ -318,6 +321,7 @@ def keep_probabilities(
     return low + (high - low) * share
 
 
+@jax.jit
 def _ranks(row: Array) -> Array:
     """The place of each entry of (1, size) magnitudes in their order.
 
@@ -335,4 +339,37 @@ def _ranks(row: Array) -> Array:
     by_low = order(bits & 0xFFFF)
     sorted_places = by_low[order((bits >> 16)[by_low])]
     ranks = jnp.zeros_like(places).at[sorted_places].set(places, unique_indices=True)
-    return ranks[None].astype(jnp.int32)
+    return ranks[None].astype(jnp.uint16)
+
+
+_BLOCK = 1 << 17  # Entries that NumPy ranks at a time.
+
+
+def _ranks_with_numpy(rows: np.ndarray, ranks: np.ndarray) -> None:
+    """`_ranks` of the last axis of `rows`, into `ranks`."""
+    size = rows.shape[-1]
+    rows, ranks = rows.reshape(-1, size), ranks.reshape(-1, size)
+    step = min(len(rows), max(1, _BLOCK // size))
+    places = np.tile(np.arange(size, dtype=ranks.dtype), step)
+    starts = size * np.arange(step)[:, None]
+    for start in range(0, len(rows), step):
+        order = _order(rows[start : start + step])
+        order += starts[: len(order)]
+        some = ranks[start : start + step].reshape(-1)
+        some[order.reshape(-1)] = places[: order.size]
+
+
+def _order(magnitudes: np.ndarray) -> np.ndarray:
+    """The places of the entries of each row in their order, those that tie as is."""
+    size = magnitudes.shape[-1]
+    if magnitudes.dtype != np.float32 or size > 2**16:
+        return np.argsort(magnitudes, axis=-1, kind="stable")
+    keys = magnitudes.view(np.uint32).astype(np.uint64)
+    keys <<= np.uint64(16)
+    keys |= np.arange(size, dtype=np.uint64)
+    keys.sort(axis=-1)
+    keys &= np.uint64(0xFFFF)
+    return keys.view(np.int64)
+
+
+ROWS_IN_NUMPY["_ranks"] = OfRows(_ranks_with_numpy, jax.jit(jax.vmap(_ranks)))

@@ -7,6 +7,7 @@ import oracles
 import pytest
 
 import jaxmerge as jm
+from jaxmerge.methods import dropping
 from jaxmerge.methods.dropping import keep_probabilities
 
 # Three task vectors on one leaf, small enough to do by hand.
@@ -18,6 +19,8 @@ DELTAS = np.array(
         [-0.2, 1, 0.7, 0, 2.5, 0.6, -0.3, 0.5],
     ]
 )
+
+RNG = np.random.default_rng(0)
 
 
 def by_hand():
@@ -96,6 +99,23 @@ def test_keep_probabilities_of_della_rise_with_rank():
     got = keep_probabilities(jnp.asarray(DELTAS[0], jnp.float32), 0.35, 0.65)
     np.testing.assert_allclose(got, want, atol=1e-6)
     assert np.mean(want) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        np.abs(RNG.normal(size=(5, 40))).astype(np.float32),
+        RNG.integers(0, 9, (5, 40)).astype(np.float32),
+        RNG.integers(0, 9, (2, 2**16 + 1)).astype(np.float32),
+        RNG.integers(0, 9, (5, 40)).astype(np.float64),
+    ],
+)
+def test_numpy_ranks_as_xla_does(rows, monkeypatch):
+    monkeypatch.setattr(dropping, "_BLOCK", 100)
+    expected = dropping.ROWS_IN_NUMPY["_ranks"].compiled(rows[:, None])[:, 0]
+    ranks = np.empty(rows.shape, expected.dtype)
+    dropping._ranks_with_numpy(rows, ranks)
+    np.testing.assert_array_equal(ranks, expected)
 
 
 def test_della_ranks_each_row_alone_and_a_single_entry_gets_the_middle():
