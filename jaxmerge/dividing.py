@@ -203,14 +203,12 @@ def _choices(program: Program, division: Division) -> Iterator[int]:
     """
     slow: set[int] = set()
     for step in program.steps:
-        starts = step.results[0] in division.by_numpy or (
-            step in division.rules and step.eqn.primitive.name in _SLOW
-        )
-        if not starts and (
-            step not in division.rules or slow.isdisjoint(step.operands)
-        ):
-            continue
         (result, *more) = step.results
+        if division.makers.get(result) is None:
+            continue
+        starts = result in division.by_numpy or step.eqn.primitive.name in _SLOW
+        if not starts and slow.isdisjoint(step.operands):
+            continue
         aval = program.avals[result]
         if more or aval.dtype != np.bool or result in program.outs:
             slow.update(step.results)
@@ -264,39 +262,18 @@ def _division(
         # asks for the same values as an earlier one.
         first = max((born.get(i, 0) for i in operands if i not in barred), default=0)
         first = first if small else len(groups) - 1
-        at = next(
-            (
-                i
-                for i, group in enumerate(groups)
-                if i >= first
-                and group.in_numpy == in_numpy
-                and set(barred).issubset(group.gathered)
-            ),
-            len(groups),
+        fitting = (
+            i
+            for i in range(first, len(groups))
+            if groups[i].in_numpy == in_numpy
+            and set(barred).issubset(groups[i].gathered)
         )
+        at = next(fitting, len(groups))
         if at == len(groups):
             groups.append(_Group([], barred, [], in_numpy))
         groups[at].steps.append(step)
         born |= dict.fromkeys(step.results, at)
-    stages = []
-    for kept, gathered, steps, in_numpy in groups:
-        made = [i for step in steps for i in step.results]
-        within = set(steps)
-        later = set(program.outs).union(
-            *(step.operands for step in program.steps if step not in within)
-        )
-        taken = dict.fromkeys(i for step in steps for i in step.operands)
-        within_reach = {*made, *program.literals}
-        stages.append(
-            Stage(
-                kept,
-                gathered,
-                steps,
-                [i for i in taken if i not in within_reach],
-                [i for i in made if i in later],
-                in_numpy,
-            )
-        )
+    stages = [_stage(program, group) for group in groups]
     literals = program.literals.keys()
     return Division(stages, rules, makers, choices, kept_choices, by_numpy, literals)
 
@@ -306,6 +283,24 @@ class _Group(NamedTuple):
     gathered: list[int]
     steps: list[Step]
     in_numpy: bool
+
+
+def _stage(program: Program, group: _Group) -> Stage:
+    made = [i for step in group.steps for i in step.results]
+    within = set(group.steps)
+    later = set(program.outs).union(
+        *(step.operands for step in program.steps if step not in within)
+    )
+    taken = dict.fromkeys(i for step in group.steps for i in step.operands)
+    within_reach = {*made, *program.literals}
+    return Stage(
+        group.kept,
+        group.gathered,
+        group.steps,
+        [i for i in taken if i not in within_reach],
+        [i for i in made if i in later],
+        group.in_numpy,
+    )
 
 
 def _name_for_numpy(eqn: Equation) -> str | None:
