@@ -196,8 +196,7 @@ def _groups(merge: PartMerge, memory: int) -> Iterator[LeafGroup]:
     checkpoints = list(part.inputs.labelled.values())
     wide = is_wide(part)
     with precision(wide):
-        # On a mesh leaves come whole, whatever the limit is.
-        lazy = _lazy_leaves(merge, 2**62 if merge.placed else memory)
+        lazy = _lazy_leaves(merge, memory)
         together = _together(merge, memory)
     for name, step in part.steps.items():
         treatment = treatments[name]
@@ -261,9 +260,10 @@ def _lazy_leaves(merge: PartMerge, memory: int) -> dict[str, Any]:
 
     def alone(name: str) -> Deferred:
         def stored(checkpoint: Checkpoint) -> dict[str, StoredLeaf]:
-            limit = 2**62 if holds else share_of(memory, on_mesh=False)
+            share = share_of(memory, on_mesh=False)
             dtype = checkpoint.leaves[name].dtype
-            return {name: StoredLeaf(checkpoint, name, limit, dtype)}
+            whole = holds or name in merge.placed
+            return {name: StoredLeaf(checkpoint, name, share, dtype, whole=whole)}
 
         base = None if part.inputs.base is None else stored(part.inputs.base)
         models = [stored(model) for model in part.inputs.models.values()]

@@ -24,13 +24,16 @@ class LazyLeaf(ABC):
     Attributes:
         shape: of the array.
         dtype: of the array.
-        sharding: how it lies on a mesh when it is read; then it is read whole.
-        memory: how many bytes may be in use at a time, about, to read or compute it.
+        sharding: how it lies on a mesh when it is read.
+        whole: whether it is read and computed whole, as it is on a mesh.
+        memory: how many bytes may be in use at a time, about, to read or compute it if
+            it is not.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     sharding: NamedSharding | None
+    whole: bool
     memory: int
 
     @property
@@ -97,7 +100,7 @@ def comes_whole(leaf: LazyLeaf, shape: tuple[int, ...]) -> bool:
     for that has every step of every model, where steps by rows are compiled once for
     all models. With twelve, the compiler takes 270 MB for the one, 80 for the others.
     """
-    if leaf.sharding is not None or not shape or shape[0] == 1:
+    if leaf.whole or not shape or shape[0] == 1:
         return True
     return leaf.cost <= leaf.memory and len(shape) > 1
 
@@ -129,7 +132,7 @@ class Deferred(LazyLeaf):
         self._key, self._index = key, index
         self._lazy = [x for x in jax.tree.leaves(arguments) if is_lazy(x)]
         self.memory = min(leaf.memory for leaf in self._lazy)
-        self.sharding = self._lazy[0].sharding
+        self.sharding, self.whole = self._lazy[0].sharding, self._lazy[0].whole
 
     @property
     def cost(self) -> int:
@@ -241,7 +244,7 @@ class Whole(LazyLeaf):
         leaves = jax.tree.leaves(together.arguments)
         self._lazy = [leaf for leaf in leaves if is_lazy(leaf)]
         self.memory = min(leaf.memory for leaf in self._lazy)
-        self.sharding = self._lazy[0].sharding
+        self.sharding, self.whole = self._lazy[0].sharding, self._lazy[0].whole
 
     @property
     def cost(self) -> int:

@@ -159,7 +159,8 @@ class PartMerge:
 
         Args:
             memory: about how many bytes values may take, of a mesh in all processes.
-            on_mesh: whether they come to lie on the mesh, if there is one.
+            on_mesh: whether they come to lie on the mesh, if there is one; if not, they
+                are whole as there.
         """
         part, inputs = self.part, self.part.inputs
         uses_base = part.method.uses_base(part.recipe.options)
@@ -170,9 +171,10 @@ class PartMerge:
             if checkpoint is like and dtype != out:
                 # The result has the dtype of this leaf and must not be rounded twice.
                 dtype = np.promote_types(dtype, np.float32)
+            whole = name in self.placed
+            share = share_of(memory, on_mesh=whole and on_mesh)
             placed = self.placed.get(name) if on_mesh else None
-            share = share_of(memory, on_mesh=placed is not None)
-            return StoredLeaf(checkpoint, name, share, dtype, placed)
+            return StoredLeaf(checkpoint, name, share, dtype, placed, whole)
 
         def leaves(checkpoint: Checkpoint) -> dict[str, StoredLeaf]:
             return {name: stored(checkpoint, name) for name in part.merged}

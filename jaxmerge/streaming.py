@@ -43,6 +43,7 @@ class StoredLeaf(LazyLeaf):
         memory: how many bytes a computation with it may take.
         dtype: what it is cast to.
         sharding: how it comes to lie on a mesh. Each process reads its own parts.
+        whole: whether it is read and computed whole in any case.
     """
 
     def __init__(
@@ -52,10 +53,11 @@ class StoredLeaf(LazyLeaf):
         memory: int,
         dtype: np.dtype,
         sharding: NamedSharding | None = None,
+        whole: bool = False,
     ):
         info = checkpoint.leaves[name]
         self.shape, self.dtype, self.memory = info.shape, dtype, memory
-        self.sharding = sharding
+        self.sharding, self.whole = sharding, whole or sharding is not None
         self.nbytes = info.nbytes
         self._checkpoint, self._name = checkpoint, name
 

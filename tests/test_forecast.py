@@ -11,6 +11,7 @@ import yaml
 from counting import count_bytes
 from jax.sharding import PartitionSpec as P
 
+from jaxmerge import streaming
 from jaxmerge.checkpoints import save
 from jaxmerge.checkpoints.safetensors import SafetensorsFile
 from jaxmerge.cli import main
@@ -167,6 +168,14 @@ def test_what_devices_send_is_what_is_compiled_for_them(runs, method, optimised)
     assert sent == pytest.approx(7 / 8 * moved)
     assert (sent > 0) == (method != "average")
     assert collectives(method, "all-gather") == 0
+
+
+@pytest.mark.parametrize("method", ["average", "slerp", "ties"])
+def test_leaves_on_a_mesh_are_planned_whole_however_large(runs, method, monkeypatch):
+    plan = plan_merge(recipe_for(runs, method), mesh={"x": 8})
+    monkeypatch.setattr(streaming, "_AT_ONCE", 1000)
+    assert plan_merge(recipe_for(runs, method), mesh={"x": 8}) == plan
+    assert all(group.cost.slices == 1 for group in plan.groups if "." in group.name)
 
 
 def test_equal_matrices_are_the_work_of_a_device_each(runs, unread):

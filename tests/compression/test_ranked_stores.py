@@ -88,7 +88,7 @@ def test_large_leaves_are_measured_some_rows_at_a_time(tmp_path, monkeypatch):
 
 def test_files_are_read_in_passes(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
-    base = {f"{i}": rng.normal(size=8).astype(np.float32) for i in range(3)}
+    base = {f"{i}": rng.normal(size=(2, 4)).astype(np.float32) for i in range(3)}
     models = {"one": {n: x + 1 for n, x in base.items()}}
     read, names = InMemory.read, []
 
