@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, NamedSharding
 
 from jaxmerge.slicing import Reader, Sliced, evenly
 
@@ -174,6 +174,7 @@ class Deferred(LazyLeaf):
             structure,
             types=tuple(map(jax.typeof, examples)),
             sliced=tuple(map(is_lazy, leaves)),
+            mesh=jax.sharding.get_abstract_mesh(),
             function=self._function,
             examples=examples,
         )
@@ -264,12 +265,16 @@ class Whole(LazyLeaf):
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    """A function to slice, the same for all leaves that are alike."""
+    """A function to slice, the same for all leaves that are alike.
+
+    What is traced where a mesh is set has types that say so.
+    """
 
     key: Hashable
     structure: Any
     types: tuple[Any, ...]
     sliced: tuple[bool, ...]
+    mesh: AbstractMesh
     function: Callable[..., Any] = dataclasses.field(compare=False)
     examples: list[Any] = dataclasses.field(compare=False)
 

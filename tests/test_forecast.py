@@ -174,7 +174,7 @@ def test_what_devices_send_is_what_is_compiled_for_them(runs, method, optimised)
 def test_leaves_on_a_mesh_are_planned_whole_however_large(runs, method, monkeypatch):
     plan = plan_merge(recipe_for(runs, method), mesh={"x": 8})
     monkeypatch.setattr(streaming, "_AT_ONCE", 1000)
-    assert plan_merge(recipe_for(runs, method), mesh={"x": 8}) == plan
+    assert plan_merge(recipe_for(runs, method), mesh={"x": 8}).groups == plan.groups
     assert all(group.cost.slices == 1 for group in plan.groups if "." in group.name)
 
 
