@@ -44,15 +44,21 @@ def test_plans_have_the_bytes_of_the_merge(case, request, tmp_path, monkeypatch)
     recipe = tmp_path / "mergekit.yml"
     recipe.write_text(CASES["recipes"][case])
     totals, _ = count_bytes(monkeypatch)
-    plan = str(tmp_path / "plan.json")
-    words = ["--mesh=x=4,y=2", "--shard=.*proj.*=x", "--json", plan]
-    assert main(["plan", str(recipe), *words]) == 0
-    assert totals == [0, 0]
-    planned = json.loads((tmp_path / "plan.json").read_text())["plan"]
-    shares = {n: group["share"] for group in planned["groups"] for n in group["names"]}
+    path = tmp_path / "plan.json"
+
+    def planned(*words):
+        assert main(["plan", str(recipe), "--json", str(path), *words]) == 0
+        plan = json.loads(path.read_text())["plan"]
+        path.unlink()
+        return plan
+
+    spread = planned("--mesh=x=4,y=2", "--shard=.*proj.*=x")
+    shares = {n: group["share"] for group in spread["groups"] for n in group["names"]}
     assert all(shares[n] == (1 / 4 if "proj" in n else 1 / 8) for n in shares)
+    expected = [planned()["totals"][key] for key in ("read", "written")]
+    assert totals == [0, 0]
     assert main(["merge", str(recipe), str(tmp_path / "out")]) == 0
-    assert [planned["totals"][key] for key in ("read", "written")] == totals
+    assert totals == expected
     assert shares.keys() == open_checkpoint(tmp_path / "out").leaves.keys()
 
 
