@@ -60,7 +60,6 @@ def by_rows(function, *arguments, sliced, rows=5):
         lambda x: jnp.linalg.svd(x, full_matrices=False)[0] * x.min(),
         lambda x: jax.vmap(lambda row: row / (1 + row.max()))(x),
         lambda x: jax.lax.fori_loop(0, 3, lambda i, y: y * 0.5 + x, x),
-        lambda x: jnp.ones_like(x),
         lambda x: jax.vmap(lambda row: row[jnp.argsort(row)])(x),
         lambda x: jax.vmap(lambda row: row.at[jnp.argmax(row)].set(0.0))(x),
         lambda x: x[jnp.array([*range(6, ROWS), *range(6)])],
@@ -71,7 +70,13 @@ def test_equals_the_function_at_once(function):
     x = leaf()
     (result,), most = by_rows(function, x, sliced=[True])
     np.testing.assert_allclose(result, function(x), rtol=1e-5, atol=1e-6)
-    assert most <= 5
+    assert most in (4, 5)
+
+
+def test_what_depends_on_no_input_reads_none():
+    (result,), most = by_rows(jnp.ones_like, leaf(), sliced=[True])
+    np.testing.assert_array_equal(result, np.ones((ROWS, 3)))
+    assert most == 0
 
 
 def test_several_leaves_and_what_is_not_sliced():
@@ -102,7 +107,7 @@ def test_draws_of_rows_are_rows_of_all_draws():
     for function in (by_leaf, by_row, at_once):
         (result,), most = by_rows(function, *arguments, sliced=[True, False])
         np.testing.assert_array_equal(result, function(*arguments))
-        assert most <= 5
+        assert most in (4, 5)
 
 
 def test_vectors():
@@ -246,6 +251,7 @@ def test_numpy_ranks_rows_and_each_part_is_read_once(dtype):
     ranks = [piece for piece in pieces if piece.run is compiled]
     others = [piece for piece in pieces if piece.run is not compiled]
     assert [(p.calls, p.arguments[0].shape) for p in ranks] == [(3, (4, 1, 40))]
+    assert [piece.cut for piece in others if piece.cut] == [[0]]
     for piece in others:
         assert "sort[" not in str(jax.make_jaxpr(piece.run)(*piece.arguments))
     starts = []
