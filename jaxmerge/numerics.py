@@ -36,6 +36,9 @@ class Count(NamedTuple):
     def __add__(self, other: "Count") -> "Count":  # type: ignore[override]
         return _carry(self.high + other.high, self.low + other.low)
 
+    def __int__(self) -> int:
+        return (int(self.high) << LOW_BITS) + int(self.low)
+
     def as_float(self) -> Array:
         """The number in float32."""
         return self.high * float(1 << LOW_BITS) + self.low
@@ -222,7 +225,7 @@ def _kth_of_bits_with_numpy(*operands: Any) -> np.integer:
     *bits, high, low = map(np.asarray, operands)
     flat = [b.reshape(-1) for b in bits]
     integers = flat[0] if len(flat) == 1 else np.concatenate(flat)
-    return kth_largest_integer(integers, (int(high) << LOW_BITS) + int(low))
+    return kth_largest_integer(integers, int(Count(high, low)))
 
 
 IN_NUMPY["_kth_of_bits"] = _kth_of_bits_with_numpy

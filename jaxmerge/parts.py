@@ -171,9 +171,9 @@ class PartMerge:
             if checkpoint is like and dtype != out:
                 # The result has the dtype of this leaf and must not be rounded twice.
                 dtype = np.promote_types(dtype, np.float32)
-            whole = name in self.placed
-            share = share_of(memory, on_mesh=whole and on_mesh)
             placed = self.placed.get(name) if on_mesh else None
+            share = share_of(memory, on_mesh=placed is not None)
+            whole = name in self.placed
             return StoredLeaf(checkpoint, name, share, dtype, placed, whole)
 
         def leaves(checkpoint: Checkpoint) -> dict[str, StoredLeaf]:

@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 
 from jaxmerge.lazy import LazyLeaf, any_lazy, load, slices
-from jaxmerge.numerics import LOW_BITS, Count, kth_magnitude, magnitude_bits
+from jaxmerge.numerics import Count, kth_magnitude, magnitude_bits
 from jaxmerge.sharding import of
 
 _DIGIT = 16  # Bits that are settled by one pass over the model.
@@ -33,8 +33,7 @@ def kth_magnitude_of(tree: Any, k: Count) -> Array:
     leaves = jax.tree.leaves(tree)
     dtype = jnp.result_type(*(leaf.dtype for leaf in leaves))
     width = 8 * dtype.itemsize
-    rank = (int(k.high) << LOW_BITS) + int(k.low)
-    found = 0
+    rank, found = int(k), 0
     for shift in range(width - _DIGIT, -1, -_DIGIT):
         counts = np.zeros(1 << _DIGIT, np.int64)
         for leaf in leaves:

@@ -69,6 +69,7 @@ class Sliced:
             for stage in self._division.stages
         )
         self.held += sum(nbytes_kept(avals[i]) for i in self._division.kept)
+        self._made = self._division.made
         self._numbers = {value: i for i, value in enumerate(self._program.inputs)}
         self._compiled: dict[int, Any] = {}
         self._alike: dict[str, Any] = {}
@@ -120,7 +121,7 @@ class Sliced:
 
     def _part(self, found: "_Found", value: int, start: int, stop: int) -> Any:
         """Some rows of an input, a choice, or of what NumPy makes."""
-        if not self._division.made:
+        if not self._made:
             return found.inputs[value](start, stop)
         # Else the same rows are asked for several times.
         if (start, stop) not in found.parts:
@@ -130,7 +131,7 @@ class Sliced:
         if value not in parts:
             read = (
                 functools.partial(self._make, found, value)
-                if value in self._division.made
+                if value in self._made
                 else found.inputs[value]
             )
             parts[value] = read(start, stop)
@@ -270,7 +271,7 @@ class Sliced:
         """What has to be made for rows of a value, in order."""
         found: dict[int, None] = {}
         for i in self._by_rows(value)[1]:
-            if i in self._division.made:
+            if i in self._made:
                 before = self._made_for(self._division.computed_for(i))
                 found |= dict.fromkeys([*before, i])
         return list(found)
