@@ -17,7 +17,7 @@ from jax.core import Tracer
 
 from jaxmerge import sharding
 from jaxmerge.leafwise import task_vector, wide
-from jaxmerge.linalg import leading_svd, map_matrices, matmul
+from jaxmerge.linalg import leading_svd, map_matrices, matmul, svd
 from jaxmerge.lowrank import LowRank, apply_adapter, check_adapter, join_update
 from jaxmerge.matrices import MatrixRules
 from jaxmerge.matrixwise import Others, map_task_matrices, plan_matrices
@@ -250,8 +250,8 @@ def _project(updates: Sequence[LowRank | None]) -> _Space:
 
 def _project_matrices(*factors: Array) -> _Space:
     lefts, rights = factors[::2], factors[1::2]
-    u = jnp.linalg.svd(jnp.concatenate(lefts, axis=1), full_matrices=False)[0]
-    vt = jnp.linalg.svd(jnp.concatenate(rights, axis=0), full_matrices=False)[2]
+    u = svd(jnp.concatenate(lefts, axis=1))[0]
+    vt = svd(jnp.concatenate(rights, axis=0))[2]
     cores = [
         matmul(matmul(u.T, left), matmul(right, vt.T))
         for left, right in zip(lefts, rights, strict=True)

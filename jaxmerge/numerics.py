@@ -205,19 +205,20 @@ def _kth_bits(caller: str, bits: list[Array], k: int | Count, width: int) -> Arr
 # that NumPy can take its place.
 @functools.partial(jax.jit, static_argnames=("width", "alone"))
 def _kth_of_bits(bits: list[Array], k: Count, *, width: int, alone: bool) -> Array:
-    search = functools.partial(settle_digits, width=width)
-    on_cpu = functools.partial(
-        search, digit_bits=2, sums=sums_together if alone else sums_apart
-    )
     size = sum(b.size for b in bits)
     if alone and width < 32 and _WORTH_A_SAMPLE <= size < 2**32:
-        on_cpu = functools.partial(_settle_near_sample, width=width, size=size)
-    # Passes are bound by comparisons on CPUs, by reading from memory elsewhere.
+        search = functools.partial(settle_by_guesses, width=width, size=size)
+        on_cpu, elsewhere = search, search
+    else:
+        # Passes are bound by comparisons on CPUs, by reading from memory elsewhere.
+        search = functools.partial(settle_digits, width=width)
+        on_cpu = functools.partial(search, digit_bits=2)
+        elsewhere = functools.partial(search, digit_bits=3)
     return jax.lax.platform_dependent(
         bits,
         k,
-        cpu=on_cpu,
-        default=functools.partial(search, digit_bits=3, sums=sums_apart),
+        cpu=functools.partial(on_cpu, sums=sums_together if alone else sums_apart),
+        default=functools.partial(elsewhere, sums=sums_apart),
     )
 
 
@@ -230,71 +231,127 @@ def _kth_of_bits_with_numpy(*operands: Any) -> np.integer:
 
 IN_NUMPY["_kth_of_bits"] = _kth_of_bits_with_numpy
 
-_SAMPLED = 64  # One entry out of so many tells where about the answer is.
 _WORTH_A_SAMPLE = 1 << 18
+_SAMPLED = 1 << 14
 
 
-def _settle_near_sample(
-    bits: Sequence[Array], k: Count, *, width: int, size: int
-) -> Array:
-    """`settle_digits`, in fewer passes: a sample leaves half of the bits open.
+class _Bracket(NamedTuple):
+    """What is known of a k-th largest integer: `least` <= it < `end`.
 
-    If the answer is not where the sample has it, every bit is settled after all.
+    Attributes:
+        least: `reached` integers, k or more, are at or above it.
+        end: `beyond` integers, fewer than k, are at or above it.
     """
-    search = functools.partial(settle_digits, digit_bits=2, sums=sums_together)
-    sample = [b.reshape(-1)[::_SAMPLED] for b in bits]
-    number = sum(s.size for s in sample)
-    share = k.as_float() / size
-    # Ranks in a sample are off by one such deviation or less in two of three cases.
-    off = 4 * jnp.sqrt(share * (1 - share) * number) + 1
-    ranks = jnp.stack([share * number + off, share * number - off])
-    within = jnp.clip(ranks, 1, number).astype(jnp.uint32)
-    counts = Count(within >> LOW_BITS, within & ((1 << LOW_BITS) - 1))
-    least, most = jax.vmap(lambda rank: search(sample, rank, width=width))(counts)
-    most = jnp.where(ranks[1] < 1, (1 << width) - 1, most)
-    least = jnp.where(ranks[0] > number, 0, least)
-    reached, beyond = _counts_from(bits, [least, most + 1], sums_together)
-    inside = (reached >= k) & ~(beyond >= k)
-    least = jnp.where(inside, least, 0)
-    open_bits = 32 - jax.lax.clz((most - least).astype(jnp.uint32)).astype(jnp.int32)
-    return search(bits, k, width=jnp.where(inside, open_bits, width), least=least)
+
+    least: Array
+    end: Array
+    reached: Array
+    beyond: Array
+
+
+def settle_by_guesses(
+    bits: Sequence[Array], k: Count, *, width: int, size: int, sums: Sums
+) -> Array:
+    """The k-th largest of all integers, in a few passes that count at seven bounds.
+
+    The first pass has its bounds from a sample. Later ones have three where the answer
+    would be if what lies between the bounds so far lay evenly, and three that cut this
+    into quarters, however it lies. One is next to the least that the answer can be: an
+    integer that many entries share is found at once.
+
+    Args:
+        bits: arrays of unsigned integers of one dtype.
+        k: from 1 to the number of integers.
+        width: all integers are below `2**width`, and `width` below 32.
+        size: the number of integers, below 2**32.
+        sums: how to count.
+    """
+    rank = _as_integer(k)
+    bracket = _Bracket(*(jnp.full((), x, jnp.uint32) for x in (0, 1 << width, size, 0)))
+
+    def is_open(state: tuple[_Bracket, Array]) -> Array:
+        bracket, _ = state
+        return bracket.end - bracket.least > 1
+
+    def narrow(state: tuple[_Bracket, Array]) -> tuple[_Bracket, Array]:
+        bracket, bounds = state
+        totals = _counts_from(bits, list(bounds.astype(bits[0].dtype)), sums)
+        counts = jnp.stack([_as_integer(total) for total in totals])
+        within = counts >= rank
+        bracket = _Bracket(
+            least=jnp.max(jnp.where(within, bounds, bracket.least)),
+            end=jnp.min(jnp.where(within, bracket.end, bounds)),
+            reached=jnp.min(jnp.where(within, counts, bracket.reached)),
+            beyond=jnp.max(jnp.where(within, bracket.beyond, counts)),
+        )
+        return bracket, _guesses(bracket, rank)
+
+    start = bracket, jnp.minimum(_sampled_bounds(bits, k, size), (1 << width) - 1)
+    bracket, _ = jax.lax.while_loop(is_open, narrow, start)
+    return bracket.least.astype(bits[0].dtype)
+
+
+def _as_integer(number: Count) -> Array:
+    return (number.high << LOW_BITS) + number.low
+
+
+def _sampled_bounds(bits: Sequence[Array], k: Count, size: int) -> Array:
+    """Seven bounds that are about where the k-th largest integer is."""
+    # An odd step goes through all columns of a matrix.
+    step = (size // _SAMPLED) | 1
+    sample = jnp.sort(jnp.concatenate([b.reshape(-1)[::step] for b in bits]))
+    below = 1 - k.as_float() / size
+    # Ranks in a sample are off by one deviation or less in two of three cases.
+    deviation = jnp.sqrt(below * (1 - below) * sample.size) + 1
+    off = deviation * np.array([-4, -1.5, -0.5, 0.5, 1.5, 4], np.float32)
+    ranks = jnp.clip(below * sample.size + off, 0, sample.size - 1)
+    bounds = sample[ranks.astype(jnp.int32)].astype(jnp.uint32)
+    return jnp.append(bounds, bounds[-1] + 1)
+
+
+def _guesses(bracket: _Bracket, rank: Array) -> Array:
+    """Seven bounds within a bracket."""
+    length = (bracket.end - bracket.least).astype(jnp.float32)
+    between = (bracket.reached - bracket.beyond).astype(jnp.float32)
+    share = (bracket.reached - rank).astype(jnp.float32) / between
+    off = jnp.maximum(1 / length, jax.lax.rsqrt(between))
+    shares = jnp.stack([0.0, 0.25, 0.5, 0.75, share - off, share, share + off])
+    bounds = bracket.least + (jnp.clip(shares, 0, 1) * length).astype(jnp.uint32)
+    return jnp.clip(bounds, bracket.least + 1, bracket.end - 1)
 
 
 def settle_digits(
     bits: Sequence[Array],
     k: Count,
     *,
-    width: int | Array,
+    width: int,
     digit_bits: int,
     sums: Sums,
-    least: int | Array = 0,
 ) -> Array:
-    """The k-th largest of all integers, which is known to be near, digit by digit.
+    """The k-th largest of all integers, digit by digit.
 
     Args:
         bits: arrays of unsigned integers of one dtype.
         k: from 1 to the number of integers.
-        width: how many bits to settle: the answer is below `least + 2**width`.
+        width: all integers are below `2**width`.
         digit_bits: how many of them one pass settles, which counts 2**digit_bits - 1
             times.
         sums: how to count.
-        least: the answer is not below it.
     """
     dtype = bits[0].dtype
-    least = jnp.asarray(least, dtype)
 
     def settle_digit(i: Array, found: Array) -> Array:
         # The last digit overlaps the one before, if its bits are too few.
         shift = jnp.maximum(width - digit_bits * (i + 1), 0).astype(dtype)
         digits = [jnp.asarray(d, dtype) << shift for d in range(1, 2**digit_bits)]
         found &= ~digits[-1]
-        bounds = [least + (found | digit) for digit in digits]
+        bounds = [found | digit for digit in digits]
         totals = _counts_from(bits, bounds, sums)
         reached = sum((total >= k).astype(dtype) for total in totals)
         return found | (reached << shift)
 
     digits = -(-width // digit_bits)
-    return least + jax.lax.fori_loop(0, digits, settle_digit, jnp.zeros((), dtype))
+    return jax.lax.fori_loop(0, digits, settle_digit, jnp.zeros((), dtype))
 
 
 def _counts_from(

@@ -9,7 +9,13 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmerge import linalg, sharding
-from jaxmerge.linalg import leading_svd, map_matrices, rounding_noise
+from jaxmerge.linalg import (
+    leading_svd,
+    map_matrices,
+    matmul,
+    rounding_noise,
+    svd_by_polar,
+)
 
 
 def random(*shape, seed=0):
@@ -261,6 +267,52 @@ def test_projected_svds_are_as_near_as_they_say(spectrum, rank):
     least = np.linalg.norm(spectrum[rank:])
     assert (rest <= 1.005 * least + 1e-5 * np.linalg.norm(spectrum)).all()
     np.testing.assert_allclose(u.mT @ u, np.stack([np.eye(rank)] * 2), atol=1e-4)
+
+
+def awkward_matrix(kind, m, n):
+    rng, r = np.random.default_rng(0), min(m, n)
+    u, v = (np.linalg.qr(rng.standard_normal((k, r)))[0] for k in (m, n))
+    spectra = {
+        "all sizes": 10.0 ** -np.linspace(0, 9, r),
+        "equal": np.ones(r),
+        "low rank": np.arange(r) < 3,
+        "rank 1": np.arange(r) < 1,
+        "nothing": np.zeros(r),
+    }
+    return jnp.asarray((u * spectra[kind]) @ v.T, jnp.float32)
+
+
+@pytest.mark.parametrize(
+    "kind", ["all sizes", "equal", "low rank", "rank 1", "nothing"]
+)
+@pytest.mark.parametrize("shape", [(12, 12), (20, 9), (9, 20)], ids=str)
+def test_svd_by_polar_decomposition(kind, shape):
+    x = awkward_matrix(kind, *shape)
+    u, s, vt = jax.jit(svd_by_polar)(x)
+    np.testing.assert_allclose(matmul(u * s[None], vt), x, atol=2e-6)
+    expected = np.linalg.svd(np.asarray(x, np.float64), compute_uv=False)
+    np.testing.assert_allclose(s, expected, atol=1e-6)
+    for bases in (matmul(u.T, u), matmul(vt, vt.T)):
+        np.testing.assert_allclose(bases, np.eye(min(shape)), atol=2e-6)
+
+
+def test_svd_by_polar_decomposition_of_a_stack():
+    x = random(2, 3, 7, 5)
+    stacked = jax.jit(svd_by_polar)(x)
+    mapped = jax.jit(jax.vmap(jax.vmap(svd_by_polar)))(x)
+    for factor, of_each in zip(stacked, mapped, strict=True):
+        np.testing.assert_array_equal(factor, of_each)
+    u, s, vt = stacked
+    np.testing.assert_allclose(matmul(u * s[..., None, :], vt), x, atol=1e-5)
+
+
+def test_svd_on_gpus_has_the_derivative_of_the_library():
+    x, towards = random(7, 5), random(7, 5, seed=1)
+    run = jax.jit(lambda f, x, y: jax.jvp(f, (x,), (y,)), static_argnums=0)
+    got = run(linalg._svd_on_gpus, x, towards)
+    expected = run(functools.partial(jnp.linalg.svd, full_matrices=False), x, towards)
+    for side, other in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+        np.testing.assert_allclose(side, other, atol=1e-4)
 
 
 def test_rounding_noise_bounds_what_a_sum_loses():

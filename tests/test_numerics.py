@@ -176,14 +176,16 @@ def test_every_search_settles_all_bits(digit_bits, sums, width, dtype):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_sample_changes_no_result(dtype):
+@pytest.mark.parametrize("sums", [numerics.sums_apart, numerics.sums_together])
+def test_guesses_change_no_result(dtype, sums, monkeypatch):
+    monkeypatch.setattr(numerics, "_SAMPLED", 16)
     width, size = 8 * jnp.dtype(dtype).itemsize - 1, 300
     search = jax.jit(
-        functools.partial(numerics._settle_near_sample, width=width, size=size)
+        functools.partial(numerics.settle_by_guesses, width=width, size=size, sums=sums)
     )
     cases = awkward(dtype, size)
     # What the sample sees of this is larger than all else.
-    misleading = np.where(np.arange(size) % numerics._SAMPLED, 1.0, 9.0)
+    misleading = np.where(np.arange(size) % (size // 16 | 1), 1.0, 9.0)
     for name, x in {**cases, "misleading": misleading.astype(dtype)}.items():
         bits = numerics.magnitude_bits(jnp.asarray(x))
         ranked = np.sort(np.asarray(bits))[::-1]
@@ -192,11 +194,23 @@ def test_a_sample_changes_no_result(dtype):
             assert got == ranked[k - 1], (name, k)
 
 
+def test_guesses_reach_the_largest_integer():
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    search = jax.jit(
+        functools.partial(
+            numerics.settle_by_guesses, width=16, size=1 << 16, sums=numerics.sums_apart
+        )
+    )
+    for k in (1, 2, 1 << 15, (1 << 16) - 1, 1 << 16):
+        assert search([jnp.asarray(bits)], Count.of(k)) == (1 << 16) - k
+
+
 def test_kth_magnitude_of_many_entries():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1024, 257)), jnp.float32)
     assert x.size >= numerics._WORTH_A_SAMPLE
+    ranked = sorted_magnitudes(x)
     for k in (1, 1000, x.size // 2, x.size):
-        assert float(_kth(x, Count.of(k))) == sorted_magnitudes(x)[k - 1]
+        assert float(_kth(x, Count.of(k))) == ranked[k - 1]
 
 
 def test_kth_magnitude_stores_no_masks(optimised):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxmerge.linalg import matmul, nonzero
+from jaxmerge.linalg import matmul, nonzero, svd
 from jaxmerge.matrices import MatrixRules
 from jaxmerge.matrixwise import (
     Fused,
@@ -138,7 +138,7 @@ def _align(deltas: Sequence[Array], *, noise: Array) -> _Aligned:
     side_by_side = jnp.concatenate(deltas, axis=1)
     # With C^T = Q R, the triangle has the U and S of C, and V is not needed.
     triangle = jnp.linalg.qr(side_by_side.T, mode="r").T
-    u, s, _ = jnp.linalg.svd(triangle, full_matrices=False)
+    u, s, _ = svd(triangle)
     kept = nonzero(s, 1e-5, len(deltas) ** 0.5 * noise)
     u = jnp.where(kept[None], u, 0)
     # S V^T without its rounding: what is equal, opposite or zero stays so exactly.

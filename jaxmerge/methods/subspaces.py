@@ -395,7 +395,7 @@ def _flatten_subspaces(
     if own == 0:
         return _flatten_spectrum(deltas, noise=noise)
     shared = full - tasks * own
-    u, s, vt = jnp.linalg.svd(sum(deltas), full_matrices=False)  # type: ignore
+    u, s, vt = leading_svd(sum(deltas))  # type: ignore
     # What projections leave of nothing is small beside the sum, not beside itself.
     noise = jnp.maximum(tasks * noise, 1e-6 * jnp.max(s, initial=0))
     u, s, vt = u[:, :shared], s[:shared], vt[:shared]
