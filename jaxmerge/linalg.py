@@ -122,7 +122,7 @@ def svd(x: Array) -> tuple[Array, Array, Array]:
     return _svd_on_gpus(x)
 
 
-_FEW = 32  # Rows or columns up to which libraries take all matrices of a stack at once.
+_FEW = 128  # Rows or columns up to which the libraries are as fast.
 
 
 def _svd_of_library(x: Array) -> tuple[Array, Array, Array]:
