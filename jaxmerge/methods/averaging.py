@@ -139,14 +139,23 @@ def _stock(deltas: Sequence[Array], *, angle: str, clip: bool) -> Array:
         return mean
     lengths = norms(deltas)
     units = [safe_divide(d, s) for d, s in zip(deltas, lengths, strict=True)]
-    cosines = totals([a * b for a, b in itertools.combinations(units, 2)])
-    cosine = (
-        jnp.mean(cosines)
-        if angle == "mean_cosine"
-        else jnp.cos(jnp.mean(jnp.arccos(jnp.clip(cosines, -1, 1))))
-    )
+    cosine = {"mean_cosine": _mean_cosine, "mean_angle": _cosine_of_mean}[angle](units)
     denominator = 1 + (n - 1) * cosine
     # Opposite task vectors: their mean vanishes and the formula is a plain 0 / 0.
     pole = denominator <= 4 * n * jnp.finfo(mean.dtype).eps
     ratio = safe_divide(n * cosine, jnp.where(pole, 0, denominator))
     return (jnp.clip(ratio, 0, 1) if clip else ratio) * mean
+
+
+def _mean_cosine(units: Sequence[Array]) -> Array:
+    """The mean inner product of two unit vectors, of all pairs at once."""
+    n = len(units)
+    total: Array = sum(units)  # type: ignore
+    # |sum u|^2 has each inner product twice, and the square of each vector once.
+    return totals([jnp.square(total) - sum(map(jnp.square, units))])[0] / (n * (n - 1))
+
+
+def _cosine_of_mean(units: Sequence[Array]) -> Array:
+    """The cosine of the mean angle between two unit vectors."""
+    cosines = totals([a * b for a, b in itertools.combinations(units, 2)])
+    return jnp.cos(jnp.mean(jnp.arccos(jnp.clip(cosines, -1, 1))))
