@@ -47,6 +47,12 @@ def tune(base, moved):
     return jax.tree.map(lambda b, m: b + 0.05 * m, base, moved)
 
 
+@jax.jit
+def negate(tree):
+    """A copy of which XLA leaves nothing out."""
+    return jax.tree.map(jnp.negative, tree)
+
+
 def nbytes(tree):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
@@ -58,25 +64,26 @@ def bandwidth(args):
         first, *others = jax.random.split(jax.random.key(0), args.models + 1)
         base = new(first)
         models = [tune(base, new(key)) for key in others]
-        copy = jax.jit(lambda tree: jax.tree.map(jnp.negative, tree))
-        sides = {"copy": lambda copy=copy, base=base: copy(base)}
-        for name, method in ELEMENTWISE.items():
-            sides[name] = functools.partial(method, base, models)
-        for name, run in sides.items():
+        runs = {"copy": functools.partial(negate, base)} | {
+            name: functools.partial(method, base, models)
+            for name, method in ELEMENTWISE.items()
+        }
+        seconds, speed = {}, {}
+        for name, run in runs.items():
             inputs = {"copy": base, "average": models}.get(name, [base, *models])
             moved = nbytes(inputs) + nbytes(jax.eval_shape(run))
-            seconds = np.median(times_in_turn({name: run}, args.repeats)[name])
-            speed = moved / seconds
-            copied = speed if name == "copy" else copied  # noqa: F821
-            rows.append(
-                [
-                    dtype,
-                    name,
-                    f"{1e3 * seconds:.2f}",
-                    f"{speed / 1e9:.0f}",
-                    f"{100 * speed / copied:.0f}",
-                ]
-            )
+            seconds[name] = np.median(times_in_turn({name: run}, args.repeats)[name])
+            speed[name] = moved / seconds[name]
+        rows += [
+            [
+                dtype,
+                name,
+                f"{1e3 * seconds[name]:.2f}",
+                f"{speed[name] / 1e9:.0f}",
+                f"{100 * speed[name] / speed['copy']:.0f}",
+            ]
+            for name in runs
+        ]
     parameters = LEAVES * LAYERS * args.side**2
     write_table(
         "accelerator_bandwidth",
@@ -171,7 +178,8 @@ def svd(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("parts", nargs="*", default=["bandwidth", "svd"])
+    parts = {"bandwidth": bandwidth, "svd": svd}
+    parser.add_argument("parts", nargs="*", default=[*parts], help=", ".join(parts))
     parser.add_argument("--side", type=int, default=4096)
     parser.add_argument("--models", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=9)
@@ -184,7 +192,7 @@ def main():
     )
     args = parser.parse_args()
     for part in args.parts:
-        {"bandwidth": bandwidth, "svd": svd}[part](args)
+        parts[part](args)
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ class Program:
             same, found = object(), None
         if found is None:
             found = tuple(self._new(var.aval) for var in eqn.outvars)
-            self.steps.append(Step(eqn, operands, found))
+            self.steps.append(Step(eqn.primitive, eqn.params, operands, found))
             self._results[same] = found
         return found
 
@@ -206,7 +206,7 @@ def _choices(program: Program, division: Division) -> Iterator[int]:
         (result, *more) = step.results
         if division.makers.get(result) is None:
             continue
-        starts = result in division.by_numpy or step.eqn.primitive.name in _SLOW
+        starts = result in division.by_numpy or step.primitive.name in _SLOW
         if not starts and slow.isdisjoint(step.operands):
             continue
         aval = program.avals[result]
@@ -256,7 +256,7 @@ def _division(
             continue
         operands = dict.fromkeys(step.operands)
         barred = [i for i in operands if i in makers]
-        in_numpy = _in_numpy(step.eqn)
+        in_numpy = _name_for_numpy(step) in IN_NUMPY
         small = all(program.avals[i].shape == () for i in step.results)
         # What is small is made as soon as it can be: it may be what a search needs that
         # asks for the same values as an earlier one.
@@ -303,28 +303,24 @@ def _stage(program: Program, group: _Group) -> Stage:
     )
 
 
-def _name_for_numpy(eqn: Equation) -> str | None:
-    """The name of a compiled function that an equation calls, on a CPU."""
-    if eqn.primitive.name not in PLAIN_CALLS or jax.default_backend() != "cpu":
+def _name_for_numpy(call: Equation | Step) -> str | None:
+    """The name of a compiled function that is called, on a CPU."""
+    if call.primitive.name not in PLAIN_CALLS or jax.default_backend() != "cpu":
         return None
-    return eqn.params.get("name")
+    return call.params.get("name")
 
 
 def _stays_whole(eqn: Equation) -> bool:
     """Whether a call is not to be replaced by what the function does."""
-    return _in_numpy(eqn) or _name_for_numpy(eqn) in ROWS_IN_NUMPY
-
-
-def _in_numpy(eqn: Equation) -> bool:
-    """Whether `IN_NUMPY` has what an equation does."""
+    name = _name_for_numpy(eqn)
     # Under `vmap` the function is one of several arrays at once.
     is_alone = [var.aval.shape for var in eqn.outvars] == [()]
-    return is_alone and _name_for_numpy(eqn) in IN_NUMPY
+    return name in ROWS_IN_NUMPY or (is_alone and name in IN_NUMPY)
 
 
 def _is_of_rows(step: Step, avals: Sequence[Any], by_rows: Collection[int]) -> bool:
     """Whether `ROWS_IN_NUMPY` has what a step does with each row."""
-    if _name_for_numpy(step.eqn) not in ROWS_IN_NUMPY or len(step.operands) != 1:
+    if _name_for_numpy(step) not in ROWS_IN_NUMPY or len(step.operands) != 1:
         return False
     (operand,) = step.operands
     return operand in by_rows and len(avals[operand].shape) > 1

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from blake3 import blake3
 
+from jaxmerge.linalg import svd
+
 
 class Machine(NamedTuple):
     """Rates that the time of a merge is estimated from.
@@ -82,13 +84,13 @@ def measure(directory: str | os.PathLike[str]) -> Machine:
     content = os.urandom(1 << 26)
     write, read = _time_disk(Path(directory), content)
     product = _seconds(jax.jit(lambda x: x @ x), square)
-    svd = _seconds(jax.jit(lambda x: jnp.linalg.svd(x)[1]), small)
+    decomposition = _seconds(jax.jit(lambda x: svd(x)[1]), small)
     return Machine(
         read=len(content) / read,
         write=len(content) / write,
         hash=len(content) / _seconds(lambda: blake3(content).digest()),
         flops=2 * 1024**3 / product,
-        factorise=26 * 384**3 / svd,
+        factorise=26 * 384**3 / decomposition,
         memory=8 * entries / _seconds(jax.jit(lambda x: x + 1), array),
         link=_measure_link(array),
         capacity=math.inf,

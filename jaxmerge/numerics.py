@@ -132,10 +132,12 @@ def magnitude_bits(x: Array) -> Array:
 def kth_magnitude(tree: Any, k: int | Count) -> Array:
     """The k-th largest magnitude among all entries of all leaves of `tree`, exactly.
 
-    Settles the bit pattern of the answer from its highest bit down. Each pass over the
-    entries counts those at or above every possible next digit: of 2 bits on CPUs, which
-    makes 16 passes for float32, and of 3 bits elsewhere, 11 passes. On a mesh, a pass
-    communicates 3 or 7 counts. Entries that tie count one by one, as in a sort.
+    Each pass over the entries counts those at or above a few bounds. With a quarter of
+    a million entries or more, on one device, a sample tells where to begin, and it
+    takes one to seven passes as a rule. Else the bit pattern is settled from its
+    highest bit down: 2 bits in a pass on CPUs, 3 elsewhere, which makes 16 or 11 passes
+    for float32. On a mesh, a pass communicates 3 or 7 counts. Entries that tie count
+    one by one, as in a sort.
 
     Args:
         tree: a pytree of floating-point arrays (an array is one); leaves of several
@@ -232,7 +234,7 @@ def _kth_of_bits_with_numpy(*operands: Any) -> np.integer:
 IN_NUMPY["_kth_of_bits"] = _kth_of_bits_with_numpy
 
 _WORTH_A_SAMPLE = 1 << 18
-_SAMPLED = 1 << 14
+_SAMPLED = 1 << 14  # About how many integers are in a sample.
 
 
 class _Bracket(NamedTuple):
@@ -252,12 +254,12 @@ class _Bracket(NamedTuple):
 def settle_by_guesses(
     bits: Sequence[Array], k: Count, *, width: int, size: int, sums: Sums
 ) -> Array:
-    """The k-th largest of all integers, in a few passes that count at seven bounds.
+    """The k-th largest of all integers, in passes that count at seven bounds.
 
-    The first pass has its bounds from a sample. Later ones have three where the answer
-    would be if what lies between the bounds so far lay evenly, and three that cut this
-    into quarters, however it lies. One is next to the least that the answer can be: an
-    integer that many entries share is found at once.
+    The first pass has its bounds from a sample. Later ones have three around where
+    interpolation puts the answer, three that quarter the bracket, so that there are
+    hardly ever more than `width / 2` passes, and one just above its lower end, which
+    ends the search where many integers are equal.
 
     Args:
         bits: arrays of unsigned integers of one dtype.
@@ -300,9 +302,9 @@ def _sampled_bounds(bits: Sequence[Array], k: Count, size: int) -> Array:
     # An odd step goes through all columns of a matrix.
     step = (size // _SAMPLED) | 1
     sample = jnp.sort(jnp.concatenate([b.reshape(-1)[::step] for b in bits]))
-    below = 1 - k.as_float() / size
+    below = 1 - k.as_float() / np.float32(size)
     # Ranks in a sample are off by one deviation or less in two of three cases.
-    deviation = jnp.sqrt(below * (1 - below) * sample.size) + 1
+    deviation = root(below * (1 - below) * sample.size) + 1
     off = deviation * np.array([-4, -1.5, -0.5, 0.5, 1.5, 4], np.float32)
     ranks = jnp.clip(below * sample.size + off, 0, sample.size - 1)
     bounds = sample[ranks.astype(jnp.int32)].astype(jnp.uint32)
@@ -421,6 +423,8 @@ def _blocks(key: Array, shape: tuple[int, ...], column: Array) -> tuple[Array, A
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
+# Compiled by itself so that it is traced once, however many models draw.
+@jax.jit
 def _threefry(first: Array, second: Array, x: Array, y: Array) -> tuple[Array, Array]:
     """Threefry-2x32 in 20 rounds (Salmon et al., Parallel random numbers, SC 2011).
 

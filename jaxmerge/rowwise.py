@@ -1,20 +1,26 @@
 """How single steps of a program run on some of the rows of their operands."""
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 
-class Step(NamedTuple):
-    """An equation; values are known by number. Equal steps are one and the same."""
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class Step:
+    """What an equation does; values are known by number.
 
-    eqn: Any
+    The equation itself would keep a trace of the stack and more in memory.
+    """
+
+    primitive: Any
+    params: Mapping[str, Any]
     operands: tuple[int, ...]
     results: tuple[int, ...]
 
     def run(self, values: dict[int, Any], operands: Sequence[Any], **changed: Any):
         """Adds its results to `values`."""
-        results = self.eqn.primitive.bind(*operands, **self.eqn.params | changed)
-        if not self.eqn.primitive.multiple_results:
+        results = self.primitive.bind(*operands, **{**self.params, **changed})
+        if not self.primitive.multiple_results:
             results = [results]
         values |= dict(zip(self.results, results, strict=True))
 
@@ -35,7 +41,7 @@ def rule_of(
     step: Step, avals: Sequence[Any], by_rows: Collection[int], rows: int
 ) -> Rule | None:
     """How a step runs by rows; None if it needs whole arrays, or no rows."""
-    name, params = step.eqn.primitive.name, step.eqn.params
+    name, params = step.primitive.name, step.params
     if any(avals[i].shape[:1] != (rows,) for i in step.results):
         return None
     shapes = [avals[i].shape for i in step.operands]
@@ -117,7 +123,7 @@ def _to_shape(name: str) -> Callable[..., None]:
     """Runs a step that says in its parameter `name` what shape its result has."""
 
     def run(step, values, operands, start, count):
-        shape = (count, *step.eqn.params[name][1:])
+        shape = (count, *step.params[name][1:])
         step.run(values, operands, **{name: shape})
 
     return run
@@ -126,7 +132,7 @@ def _to_shape(name: str) -> Callable[..., None]:
 def _cut(
     step: Step, values: dict[int, Any], operands: Sequence[Any], start: Any, count: int
 ) -> None:
-    ends = (count, *step.eqn.params["limit_indices"][1:])
+    ends = (count, *step.params["limit_indices"][1:])
     step.run(values, operands, limit_indices=ends)
 
 
@@ -134,5 +140,5 @@ def _iota(
     step: Step, values: dict[int, Any], operands: Sequence[Any], start: Any, count: int
 ) -> None:
     _to_shape("shape")(step, values, operands, start, count)
-    if step.eqn.params["dimension"] == 0:
-        values[step.results[0]] += start.astype(step.eqn.params["dtype"])
+    if step.params["dimension"] == 0:
+        values[step.results[0]] += start.astype(step.params["dtype"])

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-_FEW = 1 << 14  # Integers that are ranked at once; a sample has no fewer,
-_SAMPLED = 64  # and of many integers one out of so many.
+_FEW = 1 << 14  # Integers that are ranked at once. A sample has about as many,
+_STEP = 64  # or, of more than a million integers, one out of so many.
 _BLOCK = 1 << 19  # Integers that are looked at together: fewer, and threads would wait
 # for each other; more, and what is made of them would not fit into the cache.
 
@@ -60,7 +60,7 @@ def _narrow(integers: np.ndarray, k: int) -> tuple[np.ndarray, int]:
 def _around(integers: np.ndarray, k: int) -> tuple[np.integer, np.integer]:
     """Two of many integers that the k-th largest is most probably between."""
     # No power of two, so that a sample of a matrix has entries of all columns.
-    sample = np.sort(integers[:: min(integers.size // _FEW, _SAMPLED) | 1])
+    sample = np.sort(integers[:: min(integers.size // _FEW, _STEP) | 1])
     share = 1 - k / integers.size
     # Ranks in a sample are off by one such deviation or less in two of three cases.
     off = 4 * np.sqrt(share * (1 - share) * sample.size) + 1

@@ -15,6 +15,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import jax
 import numpy as np
@@ -37,6 +38,9 @@ Reader = Callable[[int, int], Any]
 
 Fit = Callable[[Sequence[int]], int]
 """How many rows of some of the leaves, by number, may be in memory at a time."""
+
+_ALIKE: WeakValueDictionary[str, Any] = WeakValueDictionary()
+"""What is compiled for some `Sliced`, by what it does."""
 
 
 class Sliced:
@@ -62,7 +66,7 @@ class Sliced:
         self._program = Program(jax.make_jaxpr(function)(*arguments))
         numbers = zip(self._program.inputs, sliced, strict=True)
         self._division = divide(self._program, [i for i, cut in numbers if cut])
-        self.uses_lapack = any(factorises(step.eqn) for step in self._program.steps)
+        self.uses_lapack = any(factorises(step) for step in self._program.steps)
         avals = self._program.avals
         self.held = max(
             sum(nbytes(avals[i]) for i in stage.gathered)
@@ -72,7 +76,6 @@ class Sliced:
         self._made = self._division.made
         self._numbers = {value: i for i, value in enumerate(self._program.inputs)}
         self._compiled: dict[int, Any] = {}
-        self._alike: dict[str, Any] = {}
 
     def __call__(self, leaves: Sequence[Any], fit: Fit) -> list[Any]:
         """Measures what rows depend on besides themselves.
@@ -98,7 +101,7 @@ class Sliced:
                 found.parts.clear()  # They would be held while the stage runs.
             if stage.in_numpy:
                 for step in stage.steps:
-                    run = IN_NUMPY[step.eqn.params["name"]]
+                    run = IN_NUMPY[step.params["name"]]
                     known[step.results[0]] = run(*(known[i] for i in step.operands))
             elif stage.steps:
                 results = self._settle(stage)([known[i] for i in stage.operands])
@@ -149,7 +152,7 @@ class Sliced:
 
     def _of_rows(self, value: int) -> OfRows:
         """How NumPy makes a value."""
-        return ROWS_IN_NUMPY[self._division.by_numpy[value].eqn.params["name"]]
+        return ROWS_IN_NUMPY[self._division.by_numpy[value].params["name"]]
 
     def pieces(self, leaves: Sequence[Any], fit: Fit) -> Iterator["Piece"]:
         """What a call runs, from shapes alone: to know its costs before.
@@ -280,7 +283,7 @@ class Sliced:
         """A function, compiled once for all that do the same: with each model, say."""
         compiled = jax.jit(run)
         text = text_of(compiled.trace(*shapes).jaxpr)
-        return compiled if text is None else self._alike.setdefault(text, compiled)
+        return compiled if text is None else _ALIKE.setdefault(text, compiled)
 
     def _shapes(self, values: Sequence[int]) -> list[Any]:
         avals = (self._program.avals[i] for i in values)

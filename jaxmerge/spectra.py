@@ -32,7 +32,7 @@ def singular_values(
 
     Returns:
         By path of the leaves that are matrices, float32 values of shape (*stack,
-        models, min(m, n)), descending.
+        models, min(m, n)), descending, as `jax.numpy.linalg.svd` has them.
 
     Raises:
         ValueError: no models, trees that are not alike, or a leaf of which no rule says

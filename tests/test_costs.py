@@ -7,6 +7,7 @@ from jax import lax
 
 from jaxmerge import costs
 from jaxmerge.costs import count_operations, footprint
+from jaxmerge.numerics import kth_magnitude
 
 MATRIX = jax.ShapeDtypeStruct((64, 16), jnp.float32)
 
@@ -51,6 +52,14 @@ def test_loops_that_depend_on_values_count_one_step():
     )
     assert found.open_loops == 1
     assert found.flops < 2 * 64 * 16
+
+
+def test_a_search_has_its_usual_number_of_passes():
+    x = jnp.ones(1 << 18)
+    found = count_operations(jax.make_jaxpr(lambda x: kth_magnitude(x, 9))(x))
+    assert found.open_loops == 0
+    # Six passes with seven bounds each compare, convert and add; a sample is sorted.
+    assert 6 * 7 * 2 < found.flops / x.size < 6 * 7 * 5
 
 
 def test_of_branches_the_longest_counts():

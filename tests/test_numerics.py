@@ -213,6 +213,24 @@ def test_kth_magnitude_of_many_entries():
         assert float(_kth(x, Count.of(k))) == ranked[k - 1]
 
 
+def test_kth_magnitude_of_the_largest_leaves_can_be_traced():
+    leaf = jax.ShapeDtypeStruct((1 << 16, (1 << 16) - 1), jnp.bfloat16)
+    assert jax.eval_shape(kth_magnitude, leaf, Count.of(9)).dtype == jnp.bfloat16
+
+
+def test_guesses_by_layer_and_under_a_gradient(monkeypatch):
+    monkeypatch.setattr(numerics, "_WORTH_A_SAMPLE", 1)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((5, 60)), jnp.float32)
+    got = jax.jit(jax.vmap(lambda layer: kth_magnitude(layer, 7)))(x)
+    assert got.tolist() == [sorted_magnitudes(layer)[6] for layer in x]
+
+    def above(x):
+        return jnp.sum(jnp.where(jnp.abs(x) >= kth_magnitude(x, 7), x, 0))
+
+    slope = jax.jit(jax.grad(above))(x[0])
+    assert slope.tolist() == (np.abs(x[0]) >= got[0]).tolist()
+
+
 def test_kth_magnitude_stores_no_masks(optimised):
     x = jnp.zeros((256, 1024))
     compiled = jax.jit(lambda x, k: kth_magnitude(x, k)).lower(x, Count.of(9)).compile()

@@ -148,7 +148,7 @@ def _stock(deltas: Sequence[Array], *, angle: str, clip: bool) -> Array:
 
 
 def _mean_cosine(units: Sequence[Array]) -> Array:
-    """The mean inner product of two unit vectors, of all pairs at once."""
+    """The mean inner product of all pairs of unit vectors, from one sum."""
     n = len(units)
     total: Array = sum(units)  # type: ignore
     # |sum u|^2 has each inner product twice, and the square of each vector once.

@@ -28,6 +28,7 @@ from jaxmerge.linalg import (
     matmul,
     nonzero,
     polar,
+    svd,
 )
 from jaxmerge.matrices import MatrixRules
 from jaxmerge.matrixwise import Fused, Others, merge_matrices
@@ -309,7 +310,7 @@ def iso_c(
 def _flatten_spectrum(
     deltas: Sequence[Array], *, noise: Array
 ) -> tuple[Array, tuple[()]]:
-    u, s, vt = leading_svd(sum(deltas))  # type: ignore
+    u, s, vt = svd(sum(deltas))  # type: ignore
     present = nonzero(s, noise=len(deltas) * noise)
     mean = safe_divide(jnp.sum(s * present), jnp.sum(present))
     return mean * matmul(u * present.astype(u.dtype)[None], vt), ()
@@ -395,7 +396,7 @@ def _flatten_subspaces(
     if own == 0:
         return _flatten_spectrum(deltas, noise=noise)
     shared = full - tasks * own
-    u, s, vt = leading_svd(sum(deltas))  # type: ignore
+    u, s, vt = svd(sum(deltas))  # type: ignore
     # What projections leave of nothing is small beside the sum, not beside itself.
     noise = jnp.maximum(tasks * noise, 1e-6 * jnp.max(s, initial=0))
     u, s, vt = u[:, :shared], s[:shared], vt[:shared]
