@@ -250,9 +250,13 @@ class Sliced:
                     rule.run(step, values, operands, start, count)
                 return values[value]
 
-            rows = self._program.avals[value].shape[0]
-            shapes = self._shapes(cut), self._shapes(others), np.uint32(0)
-            compiled = self._jit(run, *shapes, _counted(rows))
+            # Of leaves with more or fewer rows, the same is done with some of them.
+            rows = [
+                jax.ShapeDtypeStruct((2, *leaf.shape[1:]), leaf.dtype)
+                for leaf in self._shapes(cut)
+            ]
+            known = self._shapes(others)
+            compiled = self._jit(run, rows, known, np.uint32(0), _counted(2))
             self._compiled[value] = compiled, cut, others
         return self._compiled[value]
 

@@ -14,7 +14,7 @@ from jax import Array
 from jaxmerge.leafwise import merge_leaves
 from jaxmerge.matrices import MatrixRules, rows_by_scope
 from jaxmerge.methods.election import weighted_sum
-from jaxmerge.numerics import norms, safe_divide, totals
+from jaxmerge.numerics import norm, safe_divide, totals
 from jaxmerge.options import (
     Leaf,
     PerLeaf,
@@ -137,7 +137,8 @@ def _stock(deltas: Sequence[Array], *, angle: str, clip: bool) -> Array:
     mean: Array = sum(deltas) / n  # type: ignore
     if n == 1:
         return mean
-    lengths = norms(deltas)
+    # One by one: together, each model would add to the program that runs by rows.
+    lengths = [norm(delta) for delta in deltas]
     units = [safe_divide(d, s) for d, s in zip(deltas, lengths, strict=True)]
     cosine = {"mean_cosine": _mean_cosine, "mean_angle": _cosine_of_mean}[angle](units)
     denominator = 1 + (n - 1) * cosine

@@ -330,7 +330,7 @@ def _mean_on_sphere(
     tolerance: float | Array = 0.0,
 ) -> Array:
     weights = _shares(weights) if normalize else weights
-    lengths = list(norms(leaves))
+    lengths = [norm(leaf) for leaf in leaves]
     units = [safe_divide(x, length) for x, length in zip(leaves, lengths, strict=True)]
     length = norm(weighted_sum(units, weights))
     present = jnp.where(jnp.stack(lengths) == 0, 0, jnp.stack(weights))
