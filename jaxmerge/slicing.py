@@ -372,10 +372,14 @@ def evenly(number: int, most: int) -> Iterator[tuple[int, int]]:
 def part_size(number: int, most: int) -> int:
     """How many rows are in each part, but for the last where they do not come out even.
 
-    They do if that takes at most twice as many parts: what is compiled for parts of one
-    size would be compiled again for the last.
+    What is compiled for parts of one size would be compiled again for the last, and for
+    other leaves. So they come out even if that takes about twice as many parts at most,
+    with a power of two if possible.
     """
     least = -(-number // most)
+    power = min(number & -number, 1 << most.bit_length() - 1)
+    if 5 * power > 2 * most or power == number:
+        return power
     even = (n for n in range(least, 2 * least + 1) if number % n == 0)
     return -(-number // next(even, least))
 
