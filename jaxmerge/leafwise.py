@@ -204,7 +204,7 @@ class _Call(NamedTuple):
 
     base: Any
     models: list[Any]
-    keys: list[Array] | None
+    keys: Array | None
     numbers: dict[str, Any]
     units: tuple[int, ...]
     target: Any
@@ -263,10 +263,13 @@ def units_of(
     return units if rows is None else units + rows(leaf._replace(units=units))
 
 
-def leaf_keys(key: Array, path: str, names: Sequence[str]) -> list[Array]:
-    """One random key per model for the leaf at `path`."""
+def leaf_keys(key: Array, path: str, names: Sequence[str]) -> Array:
+    """One random key per model for the leaf at `path`, (models,)."""
     key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-    return [jax.random.fold_in(key, zlib.crc32(name.encode())) for name in names]
+    # Each is an array of its own until here: of many leaves and models, they take MBs.
+    return jnp.stack(
+        [jax.random.fold_in(key, zlib.crc32(name.encode())) for name in names]
+    )
 
 
 def _as_key(method: str, key: Any) -> Array:
@@ -360,7 +363,7 @@ def over_units(kernel: Kernel, units: tuple[int, ...]) -> Kernel:
     """Maps `kernel` over the axes `units` of its arrays, with its own keys for each."""
 
     def one(arrays, keys):
-        return kernel(arrays) if keys is None else kernel(arrays, keys=keys)
+        return kernel(arrays) if keys is None else kernel(arrays, keys=list(keys))
 
     def mapped(arrays, keys):
         front = tuple(range(len(units)))
@@ -369,7 +372,7 @@ def over_units(kernel: Kernel, units: tuple[int, ...]) -> Kernel:
             shape = arrays[0].shape[: len(units)]
             index = jnp.arange(int(np.prod(shape)), dtype=jnp.uint32)
             fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-            keys = [fold(key, index).reshape(shape) for key in keys]
+            keys = [fold(key, index).reshape(shape) for key in list(keys)]
         over_all = one
         for _ in units:
             over_all = jax.vmap(over_all)

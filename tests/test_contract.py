@@ -135,10 +135,10 @@ def test_stacked_layers_equal_a_loop_over_layers(method, options, monkeypatch):
     of_leaf = leafwise.leaf_keys
     for i in range(3):
         layer = lambda tree: jax.tree.map(lambda x: x[i], tree)  # noqa: B023, E731
-        keys = lambda *args: [  # noqa: E731
-            jax.random.fold_in(key, i)  # noqa: B023
-            for key in of_leaf(*args)
-        ]
+        keys = lambda *args: jax.vmap(jax.random.fold_in, (0, None))(  # noqa: E731
+            of_leaf(*args),
+            i,  # noqa: B023
+        )
         monkeypatch.setattr(leafwise, "leaf_keys", keys)
         layers = [layer(model) for model in models]
         of_layer = [layer_of(k, m, i) for k, m in zip(known, layers, strict=True)]
