@@ -266,7 +266,7 @@ def units_of(
 def leaf_keys(key: Array, path: str, names: Sequence[str]) -> Array:
     """One random key per model for the leaf at `path`, (models,)."""
     key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-    # Each is an array of its own until here: of many leaves and models, they take MBs.
+    # One array: keys of many leaves and models take megabytes on their own.
     return jnp.stack(
         [jax.random.fold_in(key, zlib.crc32(name.encode())) for name in names]
     )

@@ -209,8 +209,9 @@ def _kth_bits(caller: str, bits: list[Array], k: int | Count, width: int) -> Arr
 def _kth_of_bits(bits: list[Array], k: Count, *, width: int, alone: bool) -> Array:
     size = sum(b.size for b in bits)
     if alone and width < 32 and _WORTH_A_SAMPLE <= size < 2**32:
-        search = functools.partial(settle_by_guesses, width=width, size=size)
-        on_cpu, elsewhere = search, search
+        on_cpu = elsewhere = functools.partial(
+            settle_by_guesses, width=width, size=size
+        )
     else:
         # Passes are bound by comparisons on CPUs, by reading from memory elsewhere.
         search = functools.partial(settle_digits, width=width)

@@ -39,7 +39,7 @@ Reader = Callable[[int, int], Any]
 Fit = Callable[[Sequence[int]], int]
 """How many rows of some of the leaves, by number, may be in memory at a time."""
 
-_ALIKE: WeakValueDictionary[str, Any] = WeakValueDictionary()
+_ALIKE: WeakValueDictionary[tuple[str, int | None], Any] = WeakValueDictionary()
 """What is compiled for some `Sliced`, by what it does."""
 
 
@@ -287,7 +287,11 @@ class Sliced:
         """A function, compiled once for all that do the same: with each model, say."""
         compiled = jax.jit(run)
         text = text_of(compiled.trace(*shapes).jaxpr)
-        return compiled if text is None else _ALIKE.setdefault(text, compiled)
+        if text is None:
+            return compiled
+        # The text has the shape of a mesh, but not its devices.
+        only_here = "mesh" in text.lower()
+        return _ALIKE.setdefault((text, id(self) if only_here else None), compiled)
 
     def _shapes(self, values: Sequence[int]) -> list[Any]:
         avals = (self._program.avals[i] for i in values)
