@@ -114,8 +114,8 @@ def model_stock(
     Example:
         >>> base = {"w": jnp.zeros(2)}
         >>> models = [{"w": jnp.array([3.0, 4.0])}, {"w": jnp.array([5.0, 0.0])}]
-        >>> print(model_stock(base, models)["w"])
-        [3.  1.5]
+        >>> print(*(f"{x:.2f}" for x in model_stock(base, models)["w"]))
+        3.00 1.50
     """
     choice("model_stock", "angle", angle, ("mean_cosine", "mean_angle"))
     choice("model_stock", "clip", clip, (False, True))
