@@ -372,7 +372,7 @@ def over_units(kernel: Kernel, units: tuple[int, ...]) -> Kernel:
             shape = arrays[0].shape[: len(units)]
             index = jnp.arange(int(np.prod(shape)), dtype=jnp.uint32)
             fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-            keys = [fold(key, index).reshape(shape) for key in list(keys)]
+            keys = [fold(key, index).reshape(shape) for key in keys]
         over_all = one
         for _ in units:
             over_all = jax.vmap(over_all)

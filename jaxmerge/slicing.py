@@ -382,7 +382,7 @@ def part_size(number: int, most: int) -> int:
     """
     least = -(-number // most)
     power = min(number & -number, 1 << most.bit_length() - 1)
-    if 5 * power > 2 * most or power == number:
+    if 5 * power > 2 * most:
         return power
     even = (n for n in range(least, 2 * least + 1) if number % n == 0)
     return -(-number // next(even, least))
